@@ -1,0 +1,356 @@
+"""What an adapter is asked to be: ``LoraConfig``, with PEFT's field names, meanings and defaults.
+
+ΔW = s·B·A with s = α/r, or α/√r for rsLoRA (Kalajdzievski 2023, eq. 8). A config states rank, alpha and which modules
+are adapted; it holds no tensors and imports no torch, so that the command line can read it in no time.
+
+Every field that PEFT 0.21's dataclass has is here: honoured, or refused by name as soon as it is given a value that
+would change the result (``_REFUSED``). A setting that is accepted and then does nothing does not exist.
+What stands in ``targets.py``: how names choose modules. What stands in ``nn/starts.py``: the initialisers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 16 * 2**20
+"""An ``adapter_config.json`` is a few kilobytes; one that is larger is not read at all."""
+
+MAX_RANK = 65_536
+"""No hidden size in use is larger; a rank beyond it is a damaged or hostile file."""
+
+MAX_PATTERN_CHARS = 10_000
+"""A regular expression over module names that is longer than this was not written by a person."""
+
+
+class TaskType(StrEnum):
+    """What the adapted model is for; PEFT's names."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(StrEnum):
+    """The one method family of this project; a file of another is refused by this name."""
+
+    LORA = "LORA"
+
+
+INITS = ("gaussian",)
+"""Strings that ``init_lora_weights`` takes beside ``True`` and ``False``."""
+
+_LATER_INITS = ("orthogonal", "pissa", "olora", "eva", "loftq", "corda", "mica")
+
+_REFUSED: dict[str, str] = {
+    "megatron_config": "Megatron's parallel layers",
+    "trainable_token_indices": "training single rows of the embedding",
+    "loftq_config": "LoftQ starts",
+    "eva_config": "EVA starts",
+    "corda_config": "CorDA starts",
+    "lora_ga_config": "LoRA-GA starts",
+    "velora_config": "VeLoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "monteclora_config": "MonteCLoRA",
+    "layer_replication": "replicated layers",
+    "lora_bias": "a bias inside lora_B",
+    "target_parameters": "adapting bare parameters (fused experts)",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "ensure_weight_tying": "tying adapters of tied layers",
+}
+"""Fields of PEFT's LoraConfig that are understood and not done, with what each would have been."""
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """The fields that every PEFT method shares."""
+
+    task_type: TaskType | str | None = None
+    """What the model is for; ``"CAUSAL_LM"`` for a decoder."""
+    peft_type: PeftType | str | None = PeftType.LORA
+    """Always LORA here."""
+    auto_mapping: dict[str, Any] | None = None
+    """PEFT's note on a base class outside its task types; kept as it came."""
+    peft_version: str | None = None
+    """Version of the library that wrote the file; kept as it came, and filled in on saving."""
+    base_model_name_or_path: str | None = None
+    """The base that the adapter was trained on."""
+    revision: str | None = None
+    """The base's revision on the hub."""
+    inference_mode: bool = False
+    """True: loaded for use, the adapter's weights are frozen."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **hub: Any) -> LoraConfig:
+        """Read ``adapter_config.json`` from a folder or hub id. Raises ``UserError`` on anything unreadable."""
+        return read_config(resolve_file(path, CONFIG_NAME, **hub))
+
+
+@dataclass(kw_only=True)
+class LoraConfig(PeftConfig):
+    """PEFT's ``LoraConfig``: same fields, same defaults, validated."""
+
+    r: int = 8
+    """Rank of ΔW."""
+    lora_alpha: int | float = 8
+    """α of the scaling α/r."""
+    lora_dropout: float = 0.0
+    """Probability that an input of A is dropped while training."""
+    target_modules: list[str] | set[str] | str | None = None
+    """Which modules: suffixes of names, one regular expression over whole names, or a strategy (see ``targets``)."""
+    exclude_modules: list[str] | set[str] | str | None = None
+    """Modules left out of the above: suffixes or one regular expression."""
+    fan_in_fan_out: bool = False
+    """True for layers that store W as [in, out] (transformers' Conv1D); seen from the layer's class, kept for files."""
+    bias: str = "none"
+    """Which biases train: ``none``, ``all`` of the model's, or ``lora_only``, those of adapted layers."""
+    use_rslora: bool = False
+    """Scale by α/√r instead of α/r."""
+    modules_to_save: list[str] | set[str] | None = None
+    """Modules trained and saved whole, beside the adapters (a new head, say)."""
+    init_lora_weights: bool | str = True
+    """True: A Kaiming-uniform, B zero; ``gaussian``: A normal with deviation 1/r, B zero; False: both random (tests)."""
+    layers_to_transform: list[int] | int | None = None
+    """Only these layer numbers."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list that holds the numbered layers, where it is not found by itself."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank per module: name suffix or regular expression → r."""
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    """Alpha per module: name suffix or regular expression → α."""
+    use_dora: bool = False
+    """DoRA: magnitude and direction apart (Liu et al. 2024, eq. 5)."""
+
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: dict[str, Any] | None = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        self._refuse_what_is_not_done()
+        self._check_types()
+        self._check_values()
+
+    def _refuse_what_is_not_done(self) -> None:
+        if self.peft_type is not None and str(self.peft_type) != PeftType.LORA:
+            raise UserError(f"peft_type={self.peft_type!r}: only LORA adapters are supported; train or export as LoRA")
+        for name, what in _REFUSED.items():
+            if getattr(self, name):
+                raise UserError(
+                    f"LoraConfig({name}={_short(getattr(self, name))}): {what} is not supported; leave {name} out"
+                )
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(_LATER_INITS):
+            raise UserError(
+                f"init_lora_weights={self.init_lora_weights!r} is not supported; use True, False or one of {list(INITS)}"
+            )
+        runtime = self.runtime_config or {}
+        if any((runtime if isinstance(runtime, Mapping) else vars(runtime)).values()):
+            raise UserError("LoraConfig(runtime_config=…): GPU offload of single layers is not supported; leave it out")
+
+    def _check_types(self) -> None:
+        def whole(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        def names(value: object) -> bool:
+            return isinstance(value, list | set | tuple) and all(isinstance(name, str) for name in value)
+
+        def number(value: object) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+        def expect(name: str, ok: bool, wanted: str) -> None:
+            if not ok:
+                raise UserError(f"LoraConfig({name}={_short(getattr(self, name))}): expected {wanted}")
+
+        expect("r", whole(self.r) and 0 < self.r <= MAX_RANK, f"a whole number from 1 to {MAX_RANK:,}")
+        expect("lora_alpha", number(self.lora_alpha), "a finite number")
+        expect("lora_dropout", number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            expect(name, value is None or isinstance(value, str) or names(value), "a list of names or one string")
+        expect("modules_to_save", self.modules_to_save is None or names(self.modules_to_save), "a list of names")
+        expect("bias", self.bias in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'")
+        layers = self.layers_to_transform
+        ok = layers is None or whole(layers) or (isinstance(layers, list | tuple) and all(map(whole, layers)))
+        expect("layers_to_transform", ok, "a layer number or a list of them")
+        pattern = self.layers_pattern
+        expect("layers_pattern", pattern is None or isinstance(pattern, str) or names(pattern), "a name or names")
+        for name, fits, wanted in (
+            ("rank_pattern", lambda r: whole(r) and 0 < r <= MAX_RANK, f"names with ranks from 1 to {MAX_RANK:,}"),
+            ("alpha_pattern", number, "names with finite alphas"),
+        ):
+            value = getattr(self, name)
+            ok = isinstance(value, Mapping) and all(isinstance(k, str) and fits(v) for k, v in value.items())
+            expect(name, ok, wanted)
+        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode"):
+            expect(name, isinstance(getattr(self, name), bool), "true or false")
+
+    def _check_values(self) -> None:
+        if self.task_type is not None and str(self.task_type) not in list(TaskType):
+            raise UserError(f"task_type={_short(self.task_type)}: expected one of {', '.join(TaskType)}")
+        init = self.init_lora_weights
+        if not isinstance(init, bool):
+            if not isinstance(init, str) or init.lower() not in INITS:
+                raise UserError(f"init_lora_weights={_short(init)}: expected True, False or one of {list(INITS)}")
+            self.init_lora_weights = init.lower()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform; add it, or leave layers_pattern out"
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None and not self.is_strategy:
+            raise UserError(
+                "layers_to_transform does not go with target_modules as a regular expression; put the layer numbers "
+                "into the expression, or give target_modules as a list of names"
+            )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                _check_pattern(name, value)
+            elif value is not None:
+                setattr(self, name, set(value))
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                _check_pattern(name, pattern)
+
+    @property
+    def is_strategy(self) -> bool:
+        """Whether ``target_modules`` is one of the named strategies and not a regular expression."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() in STRATEGIES
+
+    def rank_of(self, module: str) -> int:
+        """Rank of one module, by ``rank_pattern`` where it matches."""
+        return self.rank_pattern.get(pattern_key(self.rank_pattern, module), self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """Alpha of one module, by ``alpha_pattern`` where it matches."""
+        return self.alpha_pattern.get(pattern_key(self.alpha_pattern, module), self.lora_alpha)
+
+    def scaling_of(self, module: str) -> float:
+        """s of ΔW = s·B·A for one module: α/r, or α/√r with ``use_rslora``."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's ``adapter_config.json`` as a dict of plain JSON values."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "runtime_config"}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in out.items()}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``adapter_config.json`` into ``folder``."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_NAME).write_text(self.to_json())
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+STRATEGIES = ("all-linear", "attention", "mlp", "qv")
+"""Named choices of target modules; ``targets.py`` says what each means."""
+
+
+def pattern_key(patterns: Mapping[str, Any], module: str) -> str:
+    """The first key that names ``module``, as PEFT matches it: a whole name, a dotted suffix, or an expression."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+
+
+def read_config(path: Path) -> LoraConfig:
+    """Read one ``adapter_config.json``; ``UserError`` names the file and what is wrong with it."""
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: {size:,} bytes are not an adapter config (at most {MAX_CONFIG_BYTES:,})")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object with PEFT's fields, found {type(raw).__name__}")
+    try:
+        return config_from_dict(raw)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def config_from_dict(raw: Mapping[str, Any]) -> LoraConfig:
+    """A ``LoraConfig`` from ``adapter_config.json``'s content; fields that no version knows must be empty."""
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    unknown = {key: value for key, value in raw.items() if key not in known}
+    for key, value in unknown.items():
+        # A newer PEFT may add a field; at a value that switches nothing on, it can't change what the weights mean.
+        if value not in (None, False, {}, [], ""):
+            raise UserError(f"unknown field {_short(key)}={_short(value)}: not one that this version understands")
+    return LoraConfig(**{key: value for key, value in raw.items() if key in known and key != "runtime_config"})
+
+
+def resolve_file(path: str | Path, name: str, **hub: Any) -> Path:
+    """``name`` in a local folder, else from the hub repository ``path``. ``UserError`` where there is neither."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            raise UserError(f"{folder} is not an adapter: it has no {name} (found {found})")
+        return folder / name
+    if folder.exists() or len(folder.parts) != 2 or str(path).startswith((".", "/", "~")):
+        what = "a file" if folder.exists() else "no such folder"
+        raise UserError(f"{path}: {what}; expected a folder with {name}, or a hub id like owner/name")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(path), name, **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: no such folder, and the hub gave no {name} ({reason})") from None
+
+
+def _check_pattern(field_name: str, pattern: str) -> None:
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise UserError(f"{field_name}: a pattern of {len(pattern):,} characters (at most {MAX_PATTERN_CHARS:,})")
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{field_name}={_short(pattern)} is not a regular expression: {error}") from None
+
+
+def _short(value: object, limit: int = 80) -> str:
+    """``repr`` for a message, bounded; enums as their value."""
+    text = repr(str(value)) if isinstance(value, StrEnum) else repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def as_names(value: Sequence[str] | set[str] | str | None) -> list[str]:
+    """A sorted list of names from any of the ways a config may give them."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else sorted(value)

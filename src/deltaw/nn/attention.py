@@ -1,0 +1,94 @@
+"""Packed attention for models of ``transformers``, through their own attention interface.
+
+While a batch says how its examples lie (``Batch.lengths``), models under ``use_packed_attention`` compute each
+example's attention alone and build no mask. Any other forward (generation, padded batches) goes to torch's SDPA as
+before, so the same model serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..ops.attention import Masking, packed_attention
+from .batch import current_batch
+
+NAME = "deltaw_packed"
+"""What the implementation is called among transformers' own (``sdpa``, ``eager`` …)."""
+
+
+@contextmanager
+def use_packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let ``model`` attend example by example inside; its own attention comes back afterwards.
+
+    Raises ``ValueError`` (transformers' own) for a model whose attention can't be exchanged.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: q [1, N, T, D], k and v [1, G, T, D] → o [1, T, N, D]."""
+    lengths = _lengths()
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    _refuse(module, kwargs)
+    scaling = kwargs.get("scaling")
+    masking = Masking(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+    )
+    return packed_attention(query[0], key[0], value[0], lengths, masking)[None], None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """No mask for a packed batch; SDPA's otherwise."""
+    return sdpa_mask(*args, **kwargs) if _lengths() is None else None
+
+
+def _lengths() -> tuple[int, ...] | None:
+    facts = current_batch()
+    return None if facts is None else facts.lengths
+
+
+_UNDERSTOOD = {"scaling", "sliding_window", "softcap", "is_causal", "dropout"}
+_WITHOUT_EFFECT = {
+    *("position_ids", "cache_position", "use_cache", "cache", "layer_idx", "num_items_in_batch", "return_dict"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+}
+"""What models pass along to their attention: what is done here, and what changes no number."""
+
+
+def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """What packed attention can't do must not be left out in silence."""
+    is_causal = kwargs.get("is_causal")
+    wanted = [name for name in kwargs.keys() - _UNDERSTOOD - _WITHOUT_EFFECT if kwargs[name] is not None]
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        wanted.append("attention in both directions")
+    if kwargs.get("dropout"):
+        wanted.append("dropout")
+    if wanted:
+        raise ValueError(f"packed attention can't do {', '.join(wanted)}, which {type(module).__name__} asks for")
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,280 @@
+"""Put adapters into a model and take them out again; switch between them; say what trains.
+
+Linear layers and embeddings are swapped in place for adapted ones that hold the original whole, so ``restore`` is the
+exact inverse of ``inject``. What a model holds is one ``AdapterState`` that all its adapted layers share.
+
+Left out: what an adapter is on disk (``adapters``) and PEFT's class around it all (``peft``).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..config import LoraConfig, as_names
+from ..errors import UserError
+from ..targets import choose, compact, matches_suffix
+from . import starts
+from .biases import TrainedBiases
+from .dora import adapted_norm, row_norms_squared
+from .embedding import AdaptedEmbedding
+from .linear import AdaptedLinear
+from .lowrank import Active, LowRank
+from .saved import SavedModule
+from .storage import frozen_weight, is_linear
+
+AdaptedLayer = AdaptedLinear | AdaptedEmbedding
+_STATE = "_deltaw_adapters"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-@+]{0,127}")
+
+
+@dataclass
+class AdapterState:
+    """What a model knows of its adapters."""
+
+    active: Active = field(default_factory=Active)
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    """Each adapter's config, its targets resolved to names."""
+    biases: dict[str, TrainedBiases] = field(default_factory=dict)
+
+
+def state_of(model: nn.Module) -> AdapterState:
+    """The model's adapters; an empty state where it never had any."""
+    state = model.__dict__.get(_STATE)
+    return state if isinstance(state, AdapterState) else AdapterState()
+
+
+def logical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) as in the model without adapters: adapted layers count as one and are not entered."""
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        yield prefix, module
+        if not isinstance(module, AdaptedLayer | SavedModule):
+            for name, child in module.named_children():
+                yield from walk(f"{prefix}.{name}" if prefix else name, child)
+
+    yield from walk("", model)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """(name, layer) of every layer that holds adapters."""
+    return ((name, m) for name, m in logical_modules(model) if isinstance(m, AdaptedLayer))
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+    """(name, module) of every module that is trained whole for some adapter."""
+    return ((name, m) for name, m in logical_modules(model) if isinstance(m, SavedModule))
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of all layers that can be adapted as linear, in the model's order."""
+    return [n for n, m in logical_modules(model) if is_linear(m) or isinstance(m, AdaptedLinear)]
+
+
+def head_name(model: nn.Module) -> str | None:
+    """Name of the output head, where the model has one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    if head is None:
+        return None
+    owners = (AdaptedLinear, SavedModule)
+    modules = logical_modules(model)
+    return next((n for n, m in modules if m is head or (isinstance(m, owners) and m.base_layer is head)), None)
+
+
+def inject(
+    model: nn.Module,
+    config: LoraConfig,
+    name: str = "default",
+    *,
+    make: Callable[[AdaptedLayer], LowRank] | None = None,
+    chosen: list[str] | None = None,
+    trainable: bool = True,
+) -> list[str]:
+    """Add the adapter ``name`` to the model, make it the active one, and return the adapted modules' names.
+
+    ``make`` gives each layer its adapter (a fresh one by the config's start, where left out), and ``chosen`` the
+    modules (the config's targets, where left out): a loaded adapter brings both.
+    The base is frozen: only the adapter's own parameters require a gradient (and only if ``trainable``). Nothing has
+    changed where a ``UserError`` is raised: a name that is taken, a target that matches nothing, a layer that can't
+    be adapted.
+    """
+    _check_name(model, name)
+    modules = dict(logical_modules(model))
+    names = list(modules)
+    if chosen is None:
+        chosen = choose(config, names, linear_names(model), head=head_name(model))
+    make = make or (lambda layer: fresh_adapter(layer, config))
+    _check_layers(config, {n: modules[n] for n in chosen})
+    saved = _modules_to_save(config, names)
+    biases = _bias_parameters(modules, chosen, config.bias)
+    owner = next(iter(state_of(model).biases), None)
+    if biases and owner is not None:
+        raise UserError(f"bias={config.bias!r}: adapter {owner!r} already trains the biases; use bias='none'")
+
+    state = state_of(model)
+    if not state.configs:
+        model.requires_grad_(False)
+        model.__dict__[_STATE] = state
+    for target in chosen:
+        layer = _adapted(model, target, modules[target], state.active)
+        layer.adapters[name] = make(layer)
+    for target in saved:
+        _saved(model, target, modules[target], state.active).add(name)
+    if biases:
+        state.biases[name] = TrainedBiases(biases)
+    state.configs[name] = dataclasses.replace(
+        copy.deepcopy(config),
+        target_modules=compact(chosen, names),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=as_names(config.modules_to_save) or None,
+        fan_in_fan_out=any(getattr(frozen_weight(_base(m)), "transposed", False) for m in _linear(modules, chosen)),
+    )
+    activate(model, [name], trainable=trainable)
+    return chosen
+
+
+def restore(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter out of the model, or all of them; the last one leaves the model as it was found.
+
+    Raises ``UserError`` for a name that the model doesn't have. Other adapters stay as they are.
+    """
+    state = state_of(model)
+    gone = list(state.configs) if name is None else [_known(state, name)]
+    activate(model, [n for n in state.active.names if n not in gone])
+    for adapter in gone:
+        del state.configs[adapter]
+        state.biases.pop(adapter, None)
+    for target, layer in [*adapted_layers(model), *saved_modules(model)]:
+        kept = layer.copies if isinstance(layer, SavedModule) else layer.adapters
+        for adapter in gone:
+            if adapter in kept:
+                del kept[adapter]
+        if not len(kept):
+            model.set_submodule(target, layer.base_layer)
+    if not state.configs:
+        model.__dict__.pop(_STATE, None)
+
+
+def activate(model: nn.Module, names: Sequence[str], *, trainable: bool = True) -> None:
+    """Make these adapters the active ones (none: the base alone). Only active adapters require gradients."""
+    state = state_of(model)
+    before, after = set(state.active.names), tuple(_known(state, name) for name in names)
+    for adapter, biases in state.biases.items():
+        biases.switch(on=adapter in after)
+        biases.train(trainable and adapter in after)
+    state.active.names = after
+    touched = before | set(after)
+    for _, layer in adapted_layers(model):
+        for adapter in touched:
+            if adapter in layer.adapters:
+                layer.adapters[adapter].requires_grad_(trainable and adapter in after)
+    for _, module in saved_modules(model):
+        for adapter in touched:
+            if adapter in module.copies:
+                module.copies[adapter].requires_grad_(trainable and adapter in after)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters, each counted once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UserError(f"adapter name {name!r}: use letters, digits, '-' and '_' (at most 128), without dots")
+    if name in state_of(model).configs:
+        raise UserError(f"adapter {name!r} is already in the model; delete it first or choose another name")
+
+
+def _known(state: AdapterState, name: str) -> str:
+    if name not in state.configs:
+        has = ", ".join(state.configs) or "none"
+        raise UserError(f"no adapter {name!r} in this model (it has {has}); load it first")
+    return name
+
+
+def _check_layers(config: LoraConfig, chosen: dict[str, nn.Module]) -> None:
+    """Every chosen module must be one that can be adapted; all that can't are named in one error."""
+    kinds = (AdaptedLinear, AdaptedEmbedding, nn.Embedding)
+    bad = {n: type(m).__name__ for n, m in chosen.items() if not (is_linear(m) or isinstance(m, kinds))}
+    if bad:
+        shown = ", ".join(f"{name} ({kind})" for name, kind in list(bad.items())[:5])
+        raise UserError(
+            f"target_modules chooses {len(bad)} modules that are neither linear nor an embedding: {shown}"
+            f"{' …' if len(bad) > 5 else ''}; narrow it to layers that `deltaw modules MODEL` lists"
+        )
+    embeddings = [n for n, m in chosen.items() if isinstance(m, nn.Embedding | AdaptedEmbedding)]
+    if config.use_dora and embeddings:
+        raise UserError(f"use_dora with the embedding {embeddings[0]} is not supported; leave it out of the targets")
+
+
+def _modules_to_save(config: LoraConfig, names: list[str]) -> list[str]:
+    wanted = as_names(config.modules_to_save)
+    missing = [w for w in wanted if not any(matches_suffix(name, [w]) for name in names)]
+    if missing:
+        raise UserError(f"modules_to_save: no module is called {', '.join(missing)}; give names that the model has")
+    return [name for name in names if matches_suffix(name, wanted)]
+
+
+def _adapted(model: nn.Module, name: str, module: nn.Module, active: Active) -> AdaptedLayer:
+    if isinstance(module, AdaptedLayer):
+        return module
+    kind = AdaptedEmbedding if isinstance(module, nn.Embedding) else AdaptedLinear
+    layer = kind(module, name, active)  # type: ignore[arg-type]
+    layer.train(module.training)
+    model.set_submodule(name, layer)
+    return layer
+
+
+def _saved(model: nn.Module, name: str, module: nn.Module, active: Active) -> SavedModule:
+    if isinstance(module, SavedModule):
+        return module
+    wrapper = SavedModule(module, name, active)
+    model.set_submodule(name, wrapper)
+    return wrapper
+
+
+def fresh_adapter(layer: AdaptedLayer, config: LoraConfig) -> LowRank:
+    """An untrained adapter for one layer, on its device, in float32 (float64 over a float64 base)."""
+    rank, scaling, weight = config.rank_of(layer.name), config.scaling_of(layer.name), layer.weight
+    magnitude_N = None
+    if isinstance(layer, AdaptedEmbedding):
+        start = starts.random if config.init_lora_weights is False else starts.embedding
+        a_RK, b_NR = start(rank, layer.num_embeddings, layer.embedding_dim)
+    else:
+        a_RK, b_NR = starts.start_for(config.init_lora_weights)(rank, layer.in_features, layer.out_features)
+        if config.use_dora:
+            on = weight.device
+            magnitude_N = adapted_norm(
+                layer.storage, row_norms_squared(layer.storage), a_RK.to(on), b_NR.to(on), scaling
+            )
+    adapter = LowRank(a_RK, b_NR, scaling=scaling, dropout=float(config.lora_dropout), magnitude_N=magnitude_N)
+    return adapter.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+
+
+def _bias_parameters(modules: dict[str, nn.Module], chosen: list[str], which: str) -> dict[str, nn.Parameter]:
+    """Biases to train, by their name in the model without adapters."""
+    owners = {"none": {}, "lora_only": {n: modules[n] for n in chosen}, "all": modules}[which]
+    found = {n: getattr(_base(module), "bias", None) for n, module in owners.items()}
+    biases = {f"{n}.bias" if n else "bias": b for n, b in found.items() if isinstance(b, nn.Parameter)}
+    if which != "none" and not biases:
+        raise UserError(f"bias={which!r}: the model has no such biases; use bias='none'")
+    return biases
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, AdaptedLayer | SavedModule) else module
+
+
+def _linear(modules: dict[str, nn.Module], chosen: list[str]) -> Iterator[nn.Module]:
+    return (modules[n] for n in chosen if is_linear(_base(modules[n])))

@@ -1,0 +1,102 @@
+"""A linear layer of the base with named adapters beside it, held apart from its storage.
+
+``forward`` is pure: it changes no weight and unmerges nothing. With no adapter active it is the base layer itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.adapted import Segment, adapted
+from ..ops.dropout import DropoutKey, DropoutMask
+from ..ops.frozen import FrozenWeight
+from .batch import current_batch
+from .dora import NormCache
+from .lowrank import Active, LowRank, Named, runs
+from .storage import frozen_weight
+
+
+class AdaptedLinear(nn.Module):
+    """y = x·Wᵀ + b, plus the active adapters' parts, for ``nn.Linear`` and transformers' ``Conv1D``."""
+
+    def __init__(self, base_layer: nn.Module, name: str, active: Active) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        """The module's name in the model: keys its dropout masks and its tensors on disk."""
+        self.active = active
+        self.adapters = Named()
+        self._norms: dict[str, NormCache] = {}
+
+    @property
+    def storage(self) -> FrozenWeight:
+        return frozen_weight(self.base_layer)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for code that looks."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        return self.storage.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.storage.out_features
+
+    def adapter(self, name: str) -> LowRank:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, LowRank)
+        return adapter
+
+    def column_scale(self, name: str) -> Tensor | None:
+        """DoRA's c [N] for one adapter, differentiable in its magnitude; None for plain LoRA."""
+        adapter = self.adapter(name)
+        if adapter.lora_magnitude_vector is None:
+            return None
+        cache = self._norms.setdefault(name, NormCache())
+        norm_N = cache.norm(self.storage, self.weight, adapter.lora_A, adapter.lora_B, adapter.scaling)
+        return adapter.lora_magnitude_vector / norm_N
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_TK = x.reshape(-1, x.shape[-1])
+        segments = list(self._segments(x_TK.shape[0]))
+        if not segments:
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        y_TN = adapted(x_TK, self.storage, segments, self.bias)
+        return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
+
+    def _segments(self, num_rows: int) -> Iterator[Segment]:
+        for rows, name in runs(self.active, num_rows):
+            if name in self.adapters:
+                adapter = self.adapter(name)
+                yield Segment(
+                    rows=rows,
+                    a_RK=adapter.lora_A,
+                    b_NR=adapter.lora_B,
+                    scaling=adapter.scaling,
+                    column_scale_N=self.column_scale(name),
+                    mask=self._mask(adapter.dropout, rows.start),
+                )
+
+    def _mask(self, p: float, first_row: int) -> DropoutMask | None:
+        if not self.training or p == 0:
+            return None
+        facts = current_batch()
+        key = facts.dropout if facts is not None else None
+        if key is None:
+            # Outside our training loop torch's generator decides, so that torch.manual_seed means what it always does
+            # and checkpointing, which restores that generator, draws the same mask again.
+            key = DropoutKey(seed=int(torch.randint(2**62, ()).item()), step=0)
+        return key.mask(p, self.name, first_row)
+
+    def extra_repr(self) -> str:
+        return f"active={list(self.active.names)}"

@@ -1,0 +1,82 @@
+"""One adapter in one layer: the trained factors of ΔW = s·B·A, and nothing of the layer they stand in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .batch import BASE, Batch, current_batch
+
+
+class LowRank(nn.Module):
+    """A [R, K], B [N, R], DoRA's magnitude [N] where there is one, and the two numbers that go with them."""
+
+    lora_magnitude_vector: nn.Parameter | None
+
+    def __init__(
+        self, a_RK: Tensor, b_NR: Tensor, *, scaling: float, dropout: float = 0.0, magnitude_N: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(a_RK)
+        self.lora_B = nn.Parameter(b_NR)
+        magnitude = None if magnitude_N is None else nn.Parameter(magnitude_N)
+        self.register_parameter("lora_magnitude_vector", magnitude)
+        self.scaling = scaling
+        self.dropout = dropout
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    def delta(self) -> Tensor:
+        """s·B·A in float32 (float64 where the factors are), without DoRA's scale."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    def extra_repr(self) -> str:
+        rank, width = self.lora_A.shape
+        kind = ", dora" if self.lora_magnitude_vector is not None else ""
+        return f"{width} → {rank} → {self.lora_B.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}{kind}"
+
+
+class Named(nn.Module):
+    """Modules by name, like ``nn.ModuleDict``, but free to be called ``train`` or ``keys``."""
+
+    def __getitem__(self, name: str) -> nn.Module:
+        module = self._modules[name]
+        assert module is not None
+        return module
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+@dataclass
+class Active:
+    """Which adapters a model uses now. One object per model, shared by all its layers: switching is one assignment."""
+
+    names: tuple[str, ...] = ()
+
+
+def runs(active: Active, num_rows: int) -> Iterator[tuple[slice, str]]:
+    """(rows, adapter) of the forward that is going on: the batch's own word where it has one, else what is active."""
+    facts: Batch | None = current_batch()
+    if facts is None or facts.adapters is None:
+        yield from ((slice(0, num_rows), name) for name in active.names)
+    else:
+        yield from ((rows, name) for rows, name in facts.runs(num_rows) if name != BASE)

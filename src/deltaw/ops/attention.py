@@ -1,0 +1,151 @@
+"""Causal attention over examples that lie end to end, each seeing itself only.
+
+Per example of length L, head by head, with s = the model's scaling:
+
+    S = s·q·kᵀ  (softcapped if the model does)      P = softmax(S where j ≤ i and i - j < window)      o = P·v
+
+No T × T mask is ever built: an example's rows are multiplied with its own keys and no others, so nothing can leak.
+Query rows go in blocks: the keys after a block are never touched, and the scores held are one block's. Backward
+computes P again from q, k and v (FlashAttention, Dao et al. 2022, §3.1), with dS = P∘(dP - rowsum(dO∘O)), so that
+what is saved grows with T and not with L².
+
+Shapes: T tokens, N query heads, G key/value heads (N a multiple of G: grouped-query attention, Ainslie et al. 2023),
+D head size, L rows of one example. Left out: attention dropout (the base is frozen and runs as in evaluation), and
+attention in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK_ROWS = 512
+"""Query rows at a time: long examples skip the half of the scores that causality hides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """What a query may see beyond causality, and how scores are bent."""
+
+    scaling: float
+    """Factor on q·kᵀ."""
+    window: int | None = None
+    """Sliding window: a query sees itself and the ``window - 1`` keys before it."""
+    softcap: float | None = None
+    """Scores become softcap·tanh(score/softcap) (Gemma 2)."""
+
+
+def packed_attention(q_NTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, lengths: Sequence[int], masking: Masking) -> Tensor:
+    """o [T, N, D] for examples of ``lengths`` laid end to end; differentiable in q, k and v.
+
+    Raises ``ValueError`` where the lengths don't add up to T.
+    """
+    if sum(lengths) != q_NTD.shape[1]:
+        raise ValueError(f"examples of {sum(lengths)} tokens in all, in a batch of {q_NTD.shape[1]}")
+    o_TND: Tensor = _PackedAttention.apply(q_NTD, k_GTD, v_GTD, tuple(lengths), masking)  # type: ignore[no-untyped-call]
+    return o_TND
+
+
+def packed_attention_reference(
+    q_NTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, lengths: Sequence[int], masking: Masking
+) -> Tensor:
+    """The plain twin: the whole T × T score matrix under a block-diagonal causal mask."""
+    repeat = q_NTD.shape[0] // k_GTD.shape[0]
+    k_NTD, v_NTD = k_GTD.repeat_interleave(repeat, 0), v_GTD.repeat_interleave(repeat, 0)
+    scores = q_NTD @ k_NTD.transpose(1, 2) * masking.scaling
+    if masking.softcap is not None:
+        scores = masking.softcap * torch.tanh(scores / masking.softcap)
+    example = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    age = torch.arange(len(example))[:, None] - torch.arange(len(example))
+    seen = (example[:, None] == example) & (age >= 0)
+    if masking.window is not None:
+        seen &= age < masking.window
+    p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return (p @ v_NTD).transpose(0, 1)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_NTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, lengths: tuple[int, ...], masking: Masking
+    ) -> Tensor:
+        num_heads, num_tokens, size = q_NTD.shape
+        groups = k_GTD.shape[0]
+        o_TND = q_NTD.new_empty(num_tokens, num_heads, size)
+        for rows, keys in _blocks(lengths, masking.window):
+            p, _ = _probabilities(_fold(q_NTD[:, rows], groups), k_GTD[:, keys], rows, keys, masking)
+            o_TND[rows] = _unfold(p @ v_GTD[:, keys], num_heads).transpose(0, 1)
+        ctx.lengths, ctx.masking = lengths, masking
+        ctx.save_for_backward(q_NTD, k_GTD, v_GTD, o_TND)
+        return o_TND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_NTD, k_GTD, v_GTD, o_TND = ctx.saved_tensors
+        masking: Masking = ctx.masking
+        num_heads, groups = q_NTD.shape[0], k_GTD.shape[0]
+        dq_NTD = torch.empty_like(q_NTD, memory_format=torch.contiguous_format)
+        dk_GTD = torch.zeros_like(k_GTD, memory_format=torch.contiguous_format)
+        dv_GTD = torch.zeros_like(v_GTD, memory_format=torch.contiguous_format)
+        for rows, keys in _blocks(ctx.lengths, masking.window):
+            q, k, v = _fold(q_NTD[:, rows], groups), k_GTD[:, keys], v_GTD[:, keys]
+            do = _fold(grads[0][rows].transpose(0, 1), groups)
+            o = _fold(o_TND[rows].transpose(0, 1), groups)
+            p, bend = _probabilities(q, k, rows, keys, masking)
+            dv_GTD[:, keys] += p.transpose(1, 2) @ do
+            ds = (do @ v.transpose(1, 2)).sub_((do * o).sum(-1, keepdim=True)).mul_(p)
+            if bend is not None:
+                ds.mul_(bend)
+            ds.mul_(masking.scaling)
+            dq_NTD[:, rows] = _unfold(ds @ k, num_heads)
+            dk_GTD[:, keys] += ds.transpose(1, 2) @ q
+        return dq_NTD, dk_GTD, dv_GTD, None, None
+
+
+def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(query rows, keys they may see) for every block of every example; keys are the fewest that suffice."""
+    first = 0
+    for length in lengths:
+        for start in range(first, first + length, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, first + length)
+            oldest = first if window is None else max(first, start - window + 1)
+            yield slice(start, stop), slice(oldest, stop)
+        first += length
+
+
+def _probabilities(q: Tensor, k: Tensor, rows: slice, keys: slice, masking: Masking) -> tuple[Tensor, Tensor | None]:
+    """P [G, N/G·L, keys] in q's dtype, and the softcap's derivative where there is one.
+
+    Softmax runs in float32 at least, as the models' own attention does.
+    """
+    scores = (q @ k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)).mul_(masking.scaling)
+    bend = None
+    if masking.softcap is not None:
+        tanh = scores.div_(masking.softcap).tanh_()
+        bend = (1 - tanh * tanh).to(q.dtype)
+        scores = tanh.mul(masking.softcap)
+    num_rows = rows.stop - rows.start
+    hidden = _hidden(rows, keys, masking.window).to(q.device)
+    by_row = scores.view(scores.shape[0], -1, num_rows, scores.shape[-1])
+    by_row.masked_fill_(hidden, float("-inf"))
+    return scores.softmax(-1).to(q.dtype), bend
+
+
+def _hidden(rows: slice, keys: slice, window: int | None) -> Tensor:
+    """Boolean [rows, keys]: True where the key comes later, or is too old for the window."""
+    age = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(keys.start, keys.stop)
+    return age < 0 if window is None else (age < 0) | (age >= window)
+
+
+def _fold(x_NLD: Tensor, groups: int) -> Tensor:
+    """[N, L, D] → [G, N/G·L, D]: the query heads of a group lie under each other, and share one product."""
+    return x_NLD.reshape(groups, -1, x_NLD.shape[-1])
+
+
+def _unfold(x_GMD: Tensor, num_heads: int) -> Tensor:
+    """The inverse of ``_fold``."""
+    return x_GMD.reshape(num_heads, -1, x_GMD.shape[-1])

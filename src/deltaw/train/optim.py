@@ -1,0 +1,98 @@
+"""AdamW over float32 masters (Loshchilov & Hutter 2019), gradient clipping, and the course of the learning rate.
+
+Adapters are float32 already and are their own masters. Weights in bfloat16 (full fine-tuning) get a float32 copy that
+the optimiser works on: an update of 2e-5 would vanish when added to a bfloat16 weight of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+class AdamW:
+    """torch's AdamW over masters, with its state as flat named tensors so that it can lie in a safetensors file."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float) -> None:
+        self.parameters = dict(parameters)
+        self._masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self.parameters.items()
+        }
+        self._adamw = torch.optim.AdamW(self._masters.values(), lr=0.0, weight_decay=weight_decay, fused=True)
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    def clip(self, max_norm: float) -> float:
+        """Shorten the gradients to ``max_norm`` (0: never) and return their norm from before; may be inf or nan."""
+        gradients = self.gradients()
+        if not gradients:
+            return 0.0
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        if max_norm > 0 and torch.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), max_norm, norm, foreach=True)
+        return float(norm)
+
+    def step(self, learning_rate: float) -> None:
+        """Update the weights and drop the gradients."""
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        for name, p in self.parameters.items():
+            master = self._masters[name]
+            if master is not p:
+                master.grad = None if p.grad is None else p.grad.float()
+        self._adamw.step()
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                if self._masters[name] is not p:
+                    p.copy_(self._masters[name])
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        for p in (*self.parameters.values(), *self._masters.values()):
+            p.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed run needs beside the weights: moments, step counts, masters that are copies."""
+        out = {
+            f"{name}/{key}": value
+            for name, master in self._masters.items()
+            for key, value in self._adamw.state.get(master, {}).items()
+        }
+        out |= {f"{n}/master": m.detach() for n, m in self._masters.items() if m is not self.parameters[n]}
+        return out
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of ``state``. Raises ``KeyError`` for a state of other parameters."""
+        for key, value in state.items():
+            name, _, part = key.rpartition("/")
+            master = self._masters[name]
+            if part == "master":
+                master.data.copy_(value)
+            else:
+                self._adamw.state[master][part] = value.clone()
+
+
+def learning_rate_at(
+    step: int, *, peak: float, warmup: int, total: int, schedule: Literal["constant", "linear", "cosine"]
+) -> float:
+    """Learning rate of step ``step`` (from 0) of ``total``: a rise over ``warmup`` steps, then the schedule to zero.
+
+    A function of the step alone, so that a resumed run needs no scheduler's state.
+    """
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    done = (step - warmup) / max(1, total - warmup)
+    return peak * ((1 - done) if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def unmoved(parameters: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """Names of the B factors that are still zero: after training, modules that learnt nothing."""
+    return [name for name, tensor in parameters if name.endswith("lora_B") and not tensor.any()]

@@ -1,0 +1,42 @@
+"""Masks are a function of their key: independent of layout, of company and of when they are drawn."""
+
+import pytest
+import torch
+
+from deltaw.ops.dropout import DropoutKey
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 64])
+def test_a_row_does_not_depend_on_the_rows_before_it(columns):
+    whole = DropoutKey(1, 2).mask(0.3, "q_proj", 0).keep(50, columns)
+    part = DropoutKey(1, 2, first_row=20).mask(0.3, "q_proj", 7).keep(5, columns)
+    assert torch.equal(whole[27:32], part)
+
+
+def test_seed_step_and_module_each_change_the_mask():
+    base = DropoutKey(1, 2).mask(0.5, "q", 0).keep(8, 64)
+    for other in (
+        DropoutKey(2, 2).mask(0.5, "q", 0),
+        DropoutKey(1, 3).mask(0.5, "q", 0),
+        DropoutKey(1, 2).mask(0.5, "k", 0),
+    ):
+        assert not torch.equal(base, other.keep(8, 64))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.9])
+def test_share_dropped_and_expectation(p):
+    x = torch.ones(1000, 500)
+    y = DropoutKey(0, 0).mask(p, "m", 0).apply(x)
+    assert abs((y == 0).double().mean().item() - p) < 4 * (p * (1 - p) / x.numel()) ** 0.5 + 1 / 65536
+    assert abs(y.double().mean().item() - 1) < 0.01
+
+
+def test_columns_and_rows_are_uncorrelated():
+    keep = DropoutKey(5, 0).mask(0.5, "m", 0).keep(4000, 32).double() - 0.5
+    correlation = (keep.T @ keep) / (0.25 * len(keep))
+    assert (correlation - torch.eye(32)).abs().max() < 0.1
+
+
+def test_nothing_dropped_at_zero_and_something_kept_just_below_one():
+    assert DropoutKey(0, 0).mask(0.0, "m", 0).keep(10, 10).all()
+    assert DropoutKey(0, 0).mask(0.999999, "m", 0).scale_for(torch.ones(400, 400)).isfinite().all()
