@@ -113,7 +113,7 @@ class LoraConfig(PeftConfig):
     lora_dropout: float = 0.0
     """Probability that an input of A is dropped while training."""
     target_modules: list[str] | set[str] | str | None = None
-    """Which modules: suffixes of names, one regular expression over whole names, or a strategy (see ``targets``)."""
+    """Which modules: suffixes of names, a regular expression over whole names, or a strategy (see ``targets``)."""
     exclude_modules: list[str] | set[str] | str | None = None
     """Modules left out of the above: suffixes or one regular expression."""
     fan_in_fan_out: bool = False
@@ -173,7 +173,7 @@ class LoraConfig(PeftConfig):
                 )
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(_LATER_INITS):
             raise UserError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported; use True, False or one of {list(INITS)}"
+                f"init_lora_weights={self.init_lora_weights!r} is not supported; use True, False or {', '.join(INITS)}"
             )
         runtime = self.runtime_config or {}
         if any((runtime if isinstance(runtime, Mapping) else vars(runtime)).values()):

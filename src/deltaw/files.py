@@ -32,7 +32,7 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder to fill; it becomes ``path`` (which must not exist) when the block ends well, else it is gone."""
+    """A scratch folder to fill; it becomes ``path`` (which must not exist) when the block ends well, else it goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -42,8 +42,10 @@ from ..nn.inject import (
     saved_modules,
     state_of,
 )
+from ..nn.linear import AdaptedLinear
 from ..nn.load import base_info
 from ..nn.lowrank import LowRank
+from ..nn.storage import frozen_weight, is_linear
 from ..targets import choose, matches_suffix
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -248,14 +250,13 @@ def _match(model: nn.Module, stored: StoredAdapter, modules: dict[str, nn.Module
 
 
 def _misfits(name: str, parts: dict[str, Tensor], module: nn.Module, rank: int) -> list[str]:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
+    if not (is_linear(module) or isinstance(module, AdaptedLinear | AdaptedEmbedding | nn.Embedding)):
         return [f"{name}: {type(module).__name__} can't be adapted"]
     if isinstance(module, nn.Embedding | AdaptedEmbedding):
         outputs, inputs = module.embedding_dim, module.num_embeddings
     else:
-        outputs, inputs = weight.shape if not type(module).__name__ == "Conv1D" else weight.shape[::-1]
-        outputs, inputs = getattr(module, "out_features", outputs), getattr(module, "in_features", inputs)
+        storage = module.storage if isinstance(module, AdaptedLinear) else frozen_weight(module)
+        outputs, inputs = storage.out_features, storage.in_features
     wanted = {"lora_A": (rank, inputs), "lora_B": (outputs, rank), "lora_magnitude_vector": (outputs,)}
     return [
         f"{name}.{part} is {tuple(tensor.shape)} {tensor.dtype}, this base with r={rank} needs {wanted[part]}"
@@ -285,9 +286,6 @@ def _match_others(stored: StoredAdapter, modules: dict[str, nn.Module]) -> tuple
             ignored.append(name)
         else:
             problems.append(f"{name} (trained, but neither in modules_to_save nor a bias)")
-    present = {name for name in stored.others}
-    problems += [f"{m} (in modules_to_save, without weights)" for m in wanted_modules
-                 if not any(n.startswith(f"{m}.") for n in present)]  # fmt: skip
     if problems:
         raise UserError(f"{stored.path}: tensors that this base can't take: {'; '.join(problems[:4])}")
     return apply, ignored

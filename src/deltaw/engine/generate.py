@@ -7,9 +7,9 @@ Token ids only: text belongs to the caller.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from queue import SimpleQueue
 from threading import Event as Flag
 from threading import Thread
@@ -74,7 +74,7 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
     _check_prompt(model, prompt, sampling, "the prompt")
     tokens, stop = SimpleQueue[int | BaseException | None](), Flag()
 
-    class Streamer(BaseStreamer):  # type: ignore[misc]
+    class Streamer(BaseStreamer):
         skipped_prompt = False
 
         def put(self, value: Tensor) -> None:
@@ -85,7 +85,7 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
         def end(self) -> None:
             pass
 
-    class Stop(StoppingCriteria):  # type: ignore[misc]
+    class Stop(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
             return torch.full((len(input_ids),), stop.is_set())
 
@@ -148,7 +148,7 @@ def _run(model: PreTrainedModel, ids: Tensor, mask: Tensor, sampling: Sampling, 
 
 def _shared_prefix(prompts: list[list[int]]) -> int:
     """Tokens that all prompts begin with; 0 where too few to matter. The last token of a prompt is never shared."""
-    shared = len(os.path.commonprefix(prompts))  # works on lists as on strings
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
     shared = min(shared, min(len(prompt) for prompt in prompts) - 1)
     return shared if len(prompts) > 1 and shared >= MIN_SHARED_PREFIX else 0
 

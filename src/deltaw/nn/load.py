@@ -91,15 +91,16 @@ def load_base(
     wanted = _dtype(dtype, where)
     info = _locate(str(model))
     folder = info.folder
-    if info.files and info.files[0].suffix == ".gguf":
+    if _is_gguf(info.files[0]):
         folder = _converted(info.files[0], wanted or torch.bfloat16)
     try:
         config = AutoConfig.from_pretrained(folder)
         loaded = wanted or _own_dtype(config, where)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        network, report = AutoModelForCausalLM.from_pretrained(
+        loaded_model: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=loaded, output_loading_info=True
         )
+        network, report = loaded_model
     except (OSError, ValueError, KeyError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{model}: can't be loaded as a language model: {_first_line(error)}") from None
     _check_complete(str(model), report)
@@ -108,6 +109,21 @@ def load_base(
     network.requires_grad_(False).eval().to(where)
     network.__dict__[_BASE] = info
     return network, tokenizer
+
+
+def skeleton(model: str | Path) -> PreTrainedModel:
+    """The model's architecture without its weights (on the meta device), for counting and naming.
+
+    Raises ``UserError`` as ``load_base`` does.
+    """
+    info = _locate(str(model), weights=False)
+    folder = _converted(info.files[0], torch.bfloat16) if info.files[:1] and _is_gguf(info.files[0]) else info.folder
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{model}: not a language model's config: {_first_line(error)}") from None
 
 
 def base_bytes(model: nn.Module) -> int:
@@ -121,8 +137,8 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deltaw"
 
 
-def _locate(name: str) -> BaseInfo:
-    """Where the files of ``name`` are; nothing is read yet."""
+def _locate(name: str, *, weights: bool = True) -> BaseInfo:
+    """Where the files of ``name`` are; nothing is read yet. Without ``weights`` a config alone is enough."""
     if name.lower() in EMBEDDED:
         return _embedded(name.lower())
     path = Path(name).expanduser()
@@ -131,9 +147,9 @@ def _locate(name: str) -> BaseInfo:
             raise UserError(f"{name}: a file; expected a folder with config.json, a .gguf file or a hub id")
         return BaseInfo(name, path.parent, (path,))
     if path.is_dir():
-        return _folder(name, path)
+        return _folder(name, path, weights=weights)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return _from_hub(name)
+        return _from_hub(name, weights=weights)
     raise UserError(f"{name}: no such model; expected {' | '.join(EMBEDDED)}, a folder, a .gguf file or a hub id")
 
 
@@ -147,7 +163,7 @@ def _embedded(name: str) -> BaseInfo:
     return BaseInfo(name, files[0].parent, files[:1])
 
 
-def _folder(name: str, path: Path) -> BaseInfo:
+def _folder(name: str, path: Path, *, weights: bool) -> BaseInfo:
     if not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
@@ -159,22 +175,25 @@ def _folder(name: str, path: Path) -> BaseInfo:
     for pattern in _WEIGHT_FILES:
         if files := tuple(sorted(path.glob(pattern))):
             return BaseInfo(name, path, files)
+    if not weights:
+        return BaseInfo(name, path, ())
     raise UserError(f"{name}: config.json but no weights ({', '.join(_WEIGHT_FILES)}); the download may be incomplete")
 
 
-def _from_hub(name: str) -> BaseInfo:
+def _from_hub(name: str, *, weights: bool) -> BaseInfo:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     log.info("looking up %s on the hub", name)
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
-        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        folder = snapshot_download(name, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{name}: no such folder, and the hub gave nothing ({_first_line(error)}); check the name and the network, "
             f"or use the embedded {' | '.join(EMBEDDED)}"
         ) from None
-    return _folder(name, Path(folder))
+    return _folder(name, Path(folder), weights=weights)
 
 
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:
@@ -192,8 +211,7 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
         raise UserError(f"{gguf}: not readable as GGUF: {_first_line(error)}") from None
     # transformers marks the dense result as GGUF-quantised, and would then refuse to save it.
     network.config.__dict__.pop("quantization_config", None)
-    network.hf_quantizer = None
-    network.is_quantized = False
+    network.__dict__ |= {"hf_quantizer": None, "is_quantized": False}
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent, prefix=".converting-") as scratch:
         done = Path(scratch) / "model"
@@ -234,6 +252,10 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
         )
     if unexpected := sorted(report.get("unexpected_keys") or []):
         log.warning("%s: %d tensors were not used (%s)", name, len(unexpected), ", ".join(unexpected[:4]))
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf"
 
 
 def _sha256_of_file(path: Path) -> str:

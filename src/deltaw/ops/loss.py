@@ -31,7 +31,7 @@ CHUNK_BYTES = 32 * 2**20
 def frozen_cross_entropy(
     hidden_SH: Tensor, head: FrozenWeight, targets_S: Tensor, bias_V: Tensor | None = None
 ) -> Tensor:
-    """Summed loss (scalar in nats, float32 at least) of ``targets_S`` under ``head``; differentiable in ``hidden_SH`` only."""
+    """Loss (scalar, nats, float32 at least) summed over ``targets_S``; differentiable in ``hidden_SH`` only."""
     needs_grad = torch.is_grad_enabled() and hidden_SH.requires_grad  # inside a Function grad mode is always off
     args = (hidden_SH, head, targets_S, bias_V, needs_grad)
     loss: Tensor = _FrozenCrossEntropy.apply(*args)  # type: ignore[no-untyped-call]

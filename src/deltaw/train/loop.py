@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,6 +57,14 @@ class Job:
         self.sampler = StepSampler(len(self.train_tokens), options.examples_per_step, options.seed, max_steps=num_steps)
         model = self.language_model.model
         self.optimizer = AdamW(trainable_parameters(model), weight_decay=options.weight_decay)
+        self.rate_at: Callable[[int], float] = partial(
+            learning_rate_at,
+            peak=options.learning_rate,
+            warmup=options.warmup_steps,
+            total=num_steps,
+            schedule=options.lr_scheduler,
+        )
+        """Learning rate of a step, from 0."""
 
     @property
     def num_steps(self) -> int:
@@ -109,16 +118,10 @@ class Job:
             key = DropoutKey(options.seed, step, packed.row_offset)
             part = self.language_model.loss(packed, key) / max(1, supervised)
             if supervised:
-                part.backward()  # type: ignore[no-untyped-call]
+                part.backward()
             loss += part.item()
         norm = self.optimizer.clip(options.max_grad_norm)
-        rate = learning_rate_at(
-            step,
-            peak=options.learning_rate,
-            warmup=options.warmup_steps,
-            total=self.num_steps,
-            schedule=options.lr_scheduler,
-        )
+        rate = self.rate_at(step)
         is_skipped = not (supervised and math.isfinite(norm) and math.isfinite(loss))
         if is_skipped:
             self.optimizer.drop_gradients()

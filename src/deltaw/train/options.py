@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import LoraConfig, TaskType
+from ..config import STRATEGIES, LoraConfig, TaskType
 from ..errors import UserError
 
 Every = int | Literal["epoch"]
@@ -143,11 +143,12 @@ class TrainOptions:
     def lora_config(self) -> LoraConfig:
         """The adapter that these flags ask for. Raises ``UserError`` for what makes no adapter."""
         start = {"true": True, "false": False}.get(self.init_lora_weights.lower(), self.init_lora_weights)
-        targets: str | list[str] = self.target_modules
-        if targets.isidentifier() and targets not in ("attention", "mlp", "qv"):
-            targets = [targets]
-        elif "," in targets and not set(targets) & set("()[]{}|*+?^$\\"):
-            targets = [name.strip() for name in targets.split(",") if name.strip()]
+        given = self.target_modules
+        targets: str | list[str] = given
+        if given.isidentifier() and given not in STRATEGIES:
+            targets = [given]
+        elif "," in given and not set(given) & set("()[]{}|*+?^$\\"):
+            targets = [name.strip() for name in given.split(",") if name.strip()]
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=self.r,

@@ -62,7 +62,7 @@ def run_training(
 
     Raises ``UserError`` before anything in ``--out`` has changed for whatever can't be read or doesn't fit.
     """
-    _check_out(options)
+    check_out(options)
     prepared = prepare(options)
     job = make_job(options, prepared, should_stop)
     if options.overwrite:
@@ -225,7 +225,7 @@ def _summary(job: Job, prepared: Prepared, stopped: Stopped, trained: Path) -> d
     }
 
 
-def _check_out(options: TrainOptions) -> None:
+def check_out(options: TrainOptions) -> None:
     out = options.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file; expected a folder")

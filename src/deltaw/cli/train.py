@@ -1,0 +1,144 @@
+"""``deltaw train``: train an adapter; also the preview of the data and the learning-rate range test."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..train.options import TrainOptions
+from .options import parse, yaml_args
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainOptions):
+    """Train an adapter on your data: deltaw train [CONFIG.yaml] --data FILE …
+
+    The data are JSONL, CSV or Parquet files, or a hub data set: chat (messages), prompt/completion,
+    instruction/output, or text. What comes out is PEFT's two files, readable by every tool that speaks PEFT.
+    A YAML file may hold any of the flags as keys; flags on the command line go before it. Ctrl-C saves.
+    """
+
+    json: bool = False
+    """Print the summary as one JSON object."""
+
+
+def main(args: list[str]) -> int:
+    if args and args[0].endswith((".yaml", ".yml")):
+        args = yaml_args(Options, Path(args[0])) + args[1:]
+    given = parse(Options, "train", args)
+    options = TrainOptions(**{f.name: getattr(given, f.name) for f in dataclasses.fields(TrainOptions)})
+
+    from .screen import quiet_libraries
+
+    quiet_libraries()
+    if options.preview:
+        return _preview(options)
+    if options.find_lr:
+        return _find_lr(options, as_json=given.json)
+    summary = train_with_bar(options)
+    _report(summary, options, as_json=given.json)
+    return 130 if summary["status"] == "interrupted" else 0
+
+
+def train_with_bar(options: TrainOptions) -> dict[str, Any]:
+    """Train under a progress bar; Ctrl-C finishes the step, saves and says how to go on."""
+    from ..train.run import run_training
+    from .progress import ProgressBar
+    from .screen import err
+
+    with ProgressBar() as bar, stop_on_interrupt() as should_stop:
+        summary = run_training(options, [bar], should_stop)
+    if summary["status"] == "interrupted":
+        err.print(f"Saved. Go on with the same command and --resume (--out {options.out}).", markup=False)
+    return summary
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C only asks to stop; a second one interrupts as usual."""
+    asked = False
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _report(summary: dict[str, Any], options: TrainOptions, *, as_json: bool) -> None:
+    from rich.table import Table
+
+    from .screen import duration, out, print_json, size
+
+    if as_json:
+        print_json(summary)
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    if before is not None and after is not None:
+        table.add_row("held-out loss", f"{before:.4f} → {after:.4f} (step {summary['best_step']})")
+    table.add_row("steps", f"{summary['steps']:,} in {duration(summary['train_seconds'])}")
+    table.add_row("speed", f"{summary['tokens_per_second']:,.0f} tokens/s")
+    table.add_row("peak memory", size(summary["peak_rss_bytes"]))
+    table.add_row("written", f"{options.out} ({size(summary['adapter_bytes'])}; base {size(summary['base_bytes'])})")
+    out.print(table)
+    if summary["status"] != "interrupted" and not options.full:
+        out.print(f"Next: deltaw chat --adapter {options.out}", markup=False)
+
+
+def _preview(options: TrainOptions) -> int:
+    """Show examples as the model will see them: what is learnt is marked."""
+    from rich.text import Text
+
+    from ..data.render import preview
+    from ..train.run import data_warnings, prepare
+    from .screen import out
+
+    prepared = prepare(options)
+    examples = prepared.train.examples
+    for tokens in examples[: options.preview]:
+        cut = f", {tokens.num_truncated} cut off" if tokens.num_truncated else ""
+        out.rule(f"{tokens.origin}: {len(tokens.input_ids)} tokens, {sum(tokens.supervised)} supervised{cut}")
+        text = Text()
+        for piece, is_supervised in preview(tokens, prepared.tokenizer):
+            text.append(f"⟦{piece}⟧" if is_supervised else piece, style="green" if is_supervised else "dim")
+        out.print(text)
+    lengths = sorted(len(tokens.input_ids) for tokens in examples)
+    supervised = sum(sum(tokens.supervised) for tokens in examples)
+    out.rule()
+    out.print(
+        f"{len(examples):,} examples, {sum(lengths):,} tokens, of which {supervised:,} are learnt (marked ⟦ ⟧). "
+        f"Lengths: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}.",
+        markup=False,
+    )
+    for message in data_warnings(prepared):
+        out.print(message, style="yellow", markup=False)
+    return 0
+
+
+def _find_lr(options: TrainOptions, *, as_json: bool) -> int:
+    from ..train.find_lr import find_learning_rate
+    from .screen import counted, out, print_json
+
+    with counted("range test") as progress:
+        found = find_learning_rate(options, progress)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+        return 0
+    worst = max(loss for _, loss in found.curve)
+    for rate, loss in found.curve:
+        out.print(f"{rate:9.2e}  {loss:7.4f}  {'█' * max(1, round(40 * loss / worst))}", markup=False)
+    out.print(f"Suggested: --learning-rate {found.suggestion:.1e} ({found.reason})", markup=False)
+    return 0
