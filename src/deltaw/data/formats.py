@@ -3,13 +3,6 @@
 Job: tell the format of each row by its keys, validate every row, and return all of them or raise one error
 that names the first bad lines. No row is ever dropped, filled in or repaired silently.
 
-``datasets`` reads Parquet and hub data sets, which are typed to begin with. JSON and CSV are read with the
-standard library: a columnar reader must give all rows one schema, and that distorts text (measured with
-datasets 5.2). A row with other keys is filled with nulls, a string that looks like a date becomes a datetime,
-CSV's "0012" becomes 12 and "NA" becomes null, and a malformed line is reported without its number. Nulls in
-Parquet and hub rows mean "this row has no such key" and are removed before validation; else every tool call
-would carry the argument names of all the others.
-
 What a row may be (``data_format`` names one; "auto" tells them apart, in this order; ? means optional):
 
 - chat         ``messages`` [{role, content, tool_calls?}] or ShareGPT's ``conversations``; ``tools``?
@@ -22,22 +15,18 @@ Other keys (ids, sources) are ignored. One file holds one format.
 Left out: images and audio, preference pairs, data larger than memory, tokenisation (see ``render``).
 """
 
-import csv
+from __future__ import annotations
+
 import hashlib
-import io
 import json
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
-from deltaw.errors import UserError
+from ..errors import UserError
+from .records import BadRow, Row, Source, existing_file, name_of, records
 
 Message: TypeAlias = dict[str, Any]
-Row: TypeAlias = Mapping[str, Any]
-Source: TypeAlias = str | Path | Sequence[Row]
 
 EXPECTED_KEYS = {
     "chat": "messages",
@@ -48,7 +37,6 @@ EXPECTED_KEYS = {
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
 NUM_ERRORS_SHOWN = 3
-BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +71,6 @@ class Text:
 Example: TypeAlias = Chat | Completion | Text
 
 
-class _BadRow(ValueError):
-    """What is wrong with one row; collected, and raised as one UserError for the whole source."""
-
-
-# Place ("line 17", "row 3" or "item 3") and what was read there: a row or a _BadRow.
-_Record: TypeAlias = tuple[str, object]
-
-
 def load_examples(source: Source, *, data_format: str = "auto", split: str = "train") -> list[Example]:
     """All examples of ``source``: a path, a hub id ("owner/name" or "owner/name:config"), or a list of dicts.
 
@@ -100,14 +80,14 @@ def load_examples(source: Source, *, data_format: str = "auto", split: str = "tr
     if data_format != "auto" and data_format not in EXPECTED_KEYS:
         known = ", ".join(["auto", *EXPECTED_KEYS])
         raise UserError(f"--data-format {data_format!r} is unknown; expected one of {known}")
-    name = _name(source)
+    name = name_of(source)
     examples: list[Example] = []
     problems: list[str] = []
     seen: dict[str, str] = {}  # format → the first place that has it
-    for place, row in _records(source, split):
+    for place, row in records(source, split):
         try:
             found, example = _parse(row, data_format, origin=f"{name}:{place.removeprefix('line ')}")
-        except _BadRow as problem:
+        except BadRow as problem:
             problems.append(f"{place}: {problem}")
         else:
             seen.setdefault(found, place)
@@ -127,166 +107,25 @@ def load_examples(source: Source, *, data_format: str = "auto", split: str = "tr
 
 def sha256_of(source: Source, *, split: str = "train") -> str:
     """The data's identity: a hash of the file's bytes, else of the rows as canonical JSON."""
-    path = _existing_file(source)
+    path = existing_file(source)
     if path is not None:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for _, row in _records(source, split):
+    for _, row in records(source, split):
         digest.update(json.dumps(row, sort_keys=True, separators=(",", ":"), default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
-# --- reading: a source becomes (place, row) records ---
-
-
-def _name(source: Source) -> str:
-    return str(source) if isinstance(source, str | Path) else "list"
-
-
-def _records(source: Source, split: str) -> Iterator[_Record]:
-    path = _existing_file(source)
-    if path is not None:
-        read = _READERS.get(path.suffix.lower())
-        if read is None:
-            known = ", ".join(_READERS)
-            raise UserError(f"{source}: unknown extension {path.suffix!r}; expected one of {known}")
-        try:
-            yield from read(path)
-        except OSError as error:
-            raise UserError(f"{source}: cannot be read: {error}") from error
-    elif isinstance(source, str | Path):
-        yield from _read_hub(str(source), split)
-    else:
-        yield from ((f"item {number}", row) for number, row in enumerate(source, 1))
-
-
-def _existing_file(source: Source) -> Path | None:
-    """The path of a file; None for a list and for what may be a hub id; UserError for anything else."""
-    if not isinstance(source, str | Path):
-        return None
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise UserError(f"{source}: is a directory; name one file in it")
-    if path.exists():
-        raise UserError(f"{source}: is not a regular file; save the data to a file and name that")
-    if path.suffix.lower() in _READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", str(source)):
-        raise UserError(f"{source}: no such file; check the path, or give a hub data set as owner/name")
-    return None
-
-
-def _read_json(path: Path) -> Iterator[_Record]:
-    """One object a line or one array of objects: the first character tells, not the file's name."""
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(BOM).lstrip()
-    return _read_json_array(path) if start.startswith(b"[") else _read_json_lines(path)
-
-
-def _read_json_lines(path: Path) -> Iterator[_Record]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = (raw.removeprefix(BOM) if number == 1 else raw).decode("utf-8").rstrip()
-                if line:
-                    yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"line {number}", _unreadable(error)
-
-
-def _read_json_array(path: Path) -> Iterator[_Record]:
-    try:
-        rows = json.loads(_decoded(path))
-    except (ValueError, RecursionError) as error:
-        yield f"line {getattr(error, 'lineno', 1)}", _unreadable(error)
-    else:
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _unreadable(error: Exception) -> _BadRow:
-    if isinstance(error, json.JSONDecodeError):
-        hint = "expected one object a line, or one array of objects"
-        return _BadRow(f"malformed JSON at column {error.colno}: {error.msg}; {hint}")
-    if isinstance(error, UnicodeDecodeError):
-        return _BadRow(f"invalid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8")
-    return _BadRow(f"unreadable JSON: {error}")  # 1000 nested brackets, integers of more than 4300 digits
-
-
-def _decoded(path: Path) -> str:
-    raw = path.read_bytes().removeprefix(BOM)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: line {line}: invalid UTF-8; save the file as UTF-8") from error
-
-
-def _read_csv(path: Path) -> Iterator[_Record]:
-    csv.field_size_limit(sys.maxsize)  # the default refuses cells above 128 kB; there is no limit per reader
-    reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
-    number = 0
-    try:
-        header = next(reader, [])
-        if len(set(header)) != len(header):
-            raise UserError(f"{path}: the header names a column twice: {', '.join(header)}; rename one")
-        for cells in filter(None, reader):
-            number += 1
-            fits = len(cells) == len(header)
-            problem = _BadRow(f"{len(cells)} cells under a header of {len(header)}; quote cells with commas")
-            yield f"row {number}", dict(zip(header, cells, strict=True)) if fits else problem
-    except csv.Error as error:
-        yield f"row {number + 1}", _BadRow(f"malformed CSV at line {reader.line_num}: {error}")
-
-
-def _read_parquet(path: Path) -> Iterator[_Record]:
-    # Streaming reads the file where it lies; otherwise datasets would first write a copy into its cache.
-    return _read_datasets(str(path), "parquet", data_files=str(path), split="train", streaming=True)
-
-
-def _read_hub(source: str, split: str) -> Iterator[_Record]:
-    repository, _, config = source.partition(":")
-    return _read_datasets(source, repository, name=config or None, split=split)
-
-
-def _read_datasets(source: str, *args: Any, **options: Any) -> Iterator[_Record]:
-    import datasets  # half a second, and only needed here
-
-    try:
-        for number, row in enumerate(datasets.load_dataset(*args, **options), 1):
-            yield f"row {number}", _without_nulls(row)
-    except Exception as error:  # a dozen kinds: network, access, unknown split or config, corrupt Parquet
-        what = "Parquet file" if options.get("streaming") else "file or hub data set"
-        why = str(error).partition("\n")[0]
-        raise UserError(f"{source}: no readable {what} ({why}); check the name and the split") from error
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-_READERS: dict[str, Callable[[Path], Iterator[_Record]]] = {
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-# --- parsing: a row becomes an example ---
-
-
 def _parse(row: object, data_format: str, origin: str) -> tuple[str, Example]:
-    if isinstance(row, _BadRow):
+    if isinstance(row, BadRow):
         raise row
     if not isinstance(row, Mapping):
-        raise _BadRow(f"expected an object with keys {_expected()}, found {type(row).__name__}")
+        raise BadRow(f"expected an object with keys {_expected()}, found {type(row).__name__}")
     found = _format_of(row) if data_format == "auto" else data_format
     if found is None:
         keys = ", ".join(map(str, row)) or "(none)"
-        raise _BadRow(f"expected one of keys {_expected()}, found keys {keys}")
+        raise BadRow(f"expected one of keys {_expected()}, found keys {keys}")
     return found, _PARSERS[found](row, origin)
 
 
@@ -345,7 +184,7 @@ _PARSERS: dict[str, Callable[[Row, str], Example]] = {
 def _string(row: Row, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise _BadRow(f"{key} is {_kind(value)}, expected a string")
+        raise BadRow(f"{key} is {_kind(value)}, expected a string")
     return value
 
 
@@ -360,39 +199,39 @@ def _unquoted(value: Any, key: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise _BadRow(f"{key} is a string that is not JSON ({error})") from error
+        raise BadRow(f"{key} is a string that is not JSON ({error})") from error
 
 
 def _chat(turns: Any, row: Row, origin: str) -> Chat:
     if not isinstance(turns, list) or not turns:
         what = "empty" if turns == [] else _kind(turns)
-        raise _BadRow(f"messages is {what}, expected a list of role and content")
+        raise BadRow(f"messages is {what}, expected a list of role and content")
     tools = _unquoted(row.get("tools") or [], "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _BadRow("tools is not a list of JSON schemas")
+        raise BadRow("tools is not a list of JSON schemas")
     messages = tuple(_message(turn, f"message {number}") for number, turn in enumerate(turns, 1))
     if not any(message["role"] == "assistant" for message in messages):
-        raise _BadRow("no assistant turn, so nothing to learn from")
+        raise BadRow("no assistant turn, so nothing to learn from")
     return Chat(messages=messages, tools=tuple(tools), origin=origin)
 
 
 def _message(turn: Any, place: str) -> Message:
     if not isinstance(turn, dict):
-        raise _BadRow(f"{place} is {_kind(turn)}, expected an object with role and content")
+        raise BadRow(f"{place} is {_kind(turn)}, expected an object with role and content")
     if "from" in turn and "role" not in turn:
         turn = _from_sharegpt(turn)
     if turn.get("role") not in ROLES:
         known = ", ".join(ROLES)
-        raise _BadRow(f"{place} has the unknown role {turn.get('role')!r}; expected one of {known}")
+        raise BadRow(f"{place} has the unknown role {turn.get('role')!r}; expected one of {known}")
     message = {key: value for key, value in turn.items() if value is not None}
     content = message["content"] = _content(turn.get("content"), place)
     calls = message.pop("tool_calls", None) or []
     if not isinstance(calls, list):
-        raise _BadRow(f"{place} has tool_calls that are {_kind(calls)}, expected a list")
+        raise BadRow(f"{place} has tool_calls that are {_kind(calls)}, expected a list")
     if calls:
         message["tool_calls"] = [_tool_call(call, place) for call in calls]
     elif content is None:
-        raise _BadRow(f"{place} has null content, which only a turn with tool_calls may have")
+        raise BadRow(f"{place} has null content, which only a turn with tool_calls may have")
     return message
 
 
@@ -400,11 +239,11 @@ def _content(content: Any, place: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _BadRow(f"{place} has content of type {_kind(content)}, expected a string, text parts or null")
+        raise BadRow(f"{place} has content of type {_kind(content)}, expected a string, text parts or null")
     for part in content:
         if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
             kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise _BadRow(f"{place} has a content part of type {kind}; only text parts can be trained on")
+            raise BadRow(f"{place} has a content part of type {kind}; only text parts can be trained on")
     return "".join(part["text"] for part in content)  # templates of text models take strings, not parts
 
 
@@ -412,10 +251,10 @@ def _tool_call(call: Any, place: str) -> Message:
     """OpenAI's shape with ``arguments`` as a dict: templates dump it, and would quote a string twice."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
-        raise _BadRow(f"{place} has a tool call without function name")
+        raise BadRow(f"{place} has a tool call without function name")
     arguments = _unquoted(function.get("arguments") or {}, f"{place}: arguments of {name}")
     if not isinstance(arguments, dict):
-        raise _BadRow(f"{place}: arguments of {name} are {_kind(arguments)}, expected an object")
+        raise BadRow(f"{place}: arguments of {name} are {_kind(arguments)}, expected an object")
     outer = call if "function" in call else {"type": "function"}
     return {**outer, "function": {**function, "arguments": arguments}}
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from deltaw.errors import UserError
+from ..errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from deltaw.data.render import Tokens
-from deltaw.errors import UserError
+from ..errors import UserError
+from .render import Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
