@@ -20,7 +20,7 @@ TORCH = $(shell sed -n 's/^torch==[^ ;+]*/&/p' requirements.lock)
 # package's part, which stands before the tools' settings.)
 STAMP := .venv/.setup-$(shell { sed '/^\[tool\.ruff\]/q' pyproject.toml; cat requirements.lock; echo $(BASE_MODEL); } | cksum | tr ' ' '-')
 # Tests, benchmarks and the demo never need the network.
-OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive
 
 # Says what is missing before anything is made.
 define usable-python
@@ -87,9 +87,10 @@ format: $(STAMP)  ## Apply the formatter and the safe fixes
 	$(PY) -m ruff format
 
 .PHONY: bench
-bench: $(STAMP)  ## Run every script in benchmarks/ (one: make bench ONLY=benchmarks/x.py)
-	@set -e; for script in $(or $(ONLY),$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))); do \
+bench: $(STAMP)  ## Run every script in benchmarks/ (one: make bench ONLY=benchmarks/x.py) and renew the docs' tables
+	@set -e; for script in $(or $(ONLY),$(filter-out benchmarks/_% benchmarks/report.py,$(wildcard benchmarks/*.py))); do \
 	  echo "== $$script"; $(OFFLINE) $(PY) $$script $(ARGS); done
+	@$(PY) benchmarks/report.py
 
 .PHONY: wheel
 wheel: $(STAMP)  ## Build the wheel and the source archive into dist/

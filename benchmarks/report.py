@@ -1,8 +1,8 @@
-"""Write the tables of docs/benchmarks.md anew from benchmarks/results/*.json: no figure there is typed by hand.
+"""Write the tables in docs/ anew from benchmarks/results/*.json: no measured figure there is typed by hand.
 
     python benchmarks/report.py [--check]
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``; --check only says whether all are up to date.
+A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``; --check writes nothing and fails if one is stale.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import re
 import sys
 from pathlib import Path
 
-from common import RESULTS
+from _common import RESULTS
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def train_step(result: dict) -> str:
@@ -49,24 +49,58 @@ def machine(result: dict) -> str:
     )
 
 
-TABLES = {"train_step": train_step}
+def python_docs(result: dict) -> str:
+    """The exercise's figures, and its five answers."""
+    run = result["summary"]
+    flags = " ".join(f"{flag} {value}" for flag, value in result["setting"].items())
+    lines = [
+        f"`deltaw train {flags}` on {run['examples'] // 3:,} examples, three epochs:",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| held-out loss | {run['eval_loss_before']:.4f} → {run['eval_loss_after']:.4f} |",
+        f"| trained | {run['trainable_parameters']:,} of {run['total_parameters']:,} parameters |",
+        f"| steps, tokens | {run['steps']:,}, {run['tokens']:,} ({run['supervised_tokens']:,} supervised) |",
+        f"| time | {run['train_seconds']:.0f} s ({run['tokens_per_second']:.0f} tokens/s) |",
+        f"| peak memory | {run['peak_rss_bytes'] / 1e9:.2f} GB |",
+        f"| adapter file, base in memory | {run['adapter_bytes'] / 1e6:.2f} MB, {run['base_bytes'] / 1e6:.0f} MB |",
+        "",
+        "Five held-out questions, greedy answers of at most 64 tokens (cut here):",
+        "",
+        "| question | documentation | base | with the adapter |",
+        "|---|---|---|---|",
+    ]
+    for row in result["compared"]:
+        lines.append("| " + " | ".join(_cell(row[key]) for key in ("prompt", "wanted", "base", "adapter")) + " |")
+    return "\n".join([*lines, "", machine(result)])
+
+
+def _cell(text: str, limit: int = 160) -> str:
+    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+TABLES = {"train_step": ("benchmarks.md", train_step), "python_docs": ("training.md", python_docs)}
 
 
 def main() -> int:
-    page = PAGE.read_text()
-    new = page
-    for name, table in TABLES.items():
-        path = RESULTS / f"{name}.json"
-        if path.is_file():
-            block = f"<!-- {name} -->\n{table(json.loads(path.read_text()))}\n<!-- end {name} -->"
-            new, count = re.subn(rf"<!-- {name} -->.*?<!-- end {name} -->", lambda _: block, new, flags=re.DOTALL)
-            if not count:
-                print(f"{PAGE.name} has no place for {name}", file=sys.stderr)
-                return 1
-    if "--check" in sys.argv:
-        return int(new != page)
-    PAGE.write_text(new)
-    return 0
+    stale = 0
+    for name, (file, table) in TABLES.items():
+        path, page = RESULTS / f"{name}.json", DOCS / file
+        if not path.is_file():
+            continue
+        block = f"<!-- {name} -->\n{table(json.loads(path.read_text()))}\n<!-- end {name} -->"
+        old = page.read_text()
+        new, count = re.subn(
+            rf"<!-- {name} -->.*?<!-- end {name} -->", lambda _, block=block: block, old, flags=re.DOTALL
+        )
+        if not count:
+            print(f"{file} has no place for {name}", file=sys.stderr)
+            return 1
+        stale += new != old
+        if "--check" not in sys.argv:
+            page.write_text(new)
+    return int("--check" in sys.argv and stale > 0)
 
 
 if __name__ == "__main__":

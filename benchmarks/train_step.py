@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import describe_machine, save
+from _common import describe_machine, save
 
 CONFIGURATIONS = {
     "PEFT, dropout 0": ("peft", {"lora_dropout": 0.0}),
@@ -62,6 +62,7 @@ def worker(setting: Setting) -> None:
 
 def _peft_step(setting: Setting, ids):
     import peft
+
     from deltaw import load_base
 
     model, _ = load_base("smollm2-135m", dtype=setting.dtype)
@@ -109,7 +110,7 @@ def _deltaw_step(setting: Setting, ids) -> Callable[[], float]:
     ]
     packs = language_model.pack(examples, ids.numel())
     supervised = sum(packed.num_supervised for packed in packs)
-    mode = training_mode(model, checkpointing=False)
+    mode = training_mode(language_model, checkpointing=False)
     mode.__enter__()  # for the life of the process
 
     def step() -> float:

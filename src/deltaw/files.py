@@ -5,24 +5,42 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a new file beside ``path``, then put it in ``path``'s place in one step."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    replace_files(path.parent, {path.name: write})
+
+
+def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """``replace_file`` for files of one folder that belong together: all are written before the first is replaced.
+
+    Where one can't be put in place, those before it are put back. Only a machine that stops between two renames
+    leaves files of two generations, each whole.
+    """
+    scratch: dict[str, Path] = {}
+    old: dict[str, Path] = {}
     try:
-        write(Path(scratch))
-        _sync(Path(scratch))
-        os.chmod(scratch, 0o666 & ~_umask())
-        os.replace(scratch, path)
+        for name, write in writers.items():
+            scratch[name] = _scratch_file(folder, name)
+            write(scratch[name])
+            _sync(scratch[name])
+            os.chmod(scratch[name], 0o666 & ~_umask())
+        if len(writers) > 1:
+            old = _second_names(folder, writers)
+        for name, new in scratch.items():
+            os.replace(new, folder / name)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        for name, kept in old.items():
+            os.replace(kept, folder / name)
         raise
-    _sync(path.parent)
+    finally:
+        for path in [*scratch.values(), *old.values()]:
+            path.unlink(missing_ok=True)
+    _sync(folder)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -46,6 +64,24 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+def _scratch_file(folder: Path, name: str) -> Path:
+    handle, scratch = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+    os.close(handle)
+    return Path(scratch)
+
+
+def _second_names(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """A hard link to each file that is there, to put it back by; none where the file system has no links."""
+    kept = {}
+    for name in names:
+        second = _scratch_file(folder, name)
+        second.unlink()
+        with suppress(OSError):
+            os.link(folder / name, second)
+            kept[name] = second
+    return kept
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,7 @@ not know (``config``, ``device`` …) is the wrapped model's.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from .adapters.peft_format import load_adapter, read_adapter, save_adapter
+from .adapters.peft_format import load_adapter, save_adapter
 from .config import LoraConfig, TaskType
 from .errors import UserError
-from .nn.batch import BASE, Batch, batch, current_batch
+from .nn.batch import BASE, Batch, batch, checkpoint_context, current_batch
 from .nn.inject import activate, inject, parameter_counts, restore, state_of
 
 _HEADS = {
@@ -38,7 +39,8 @@ def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str 
     wanted = _HEADS.get(TaskType(peft_config.task_type), ()) if peft_config.task_type else ()
     heads = [name for name in wanted if isinstance(getattr(model, name, None), nn.Module)]
     if heads:
-        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *heads})
+        saved = sorted({*(peft_config.modules_to_save or ()), *heads})
+        peft_config = dataclasses.replace(peft_config, modules_to_save=saved)
     inject(model, peft_config, adapter_name)
     return PeftModel(model)
 
@@ -78,12 +80,13 @@ class PeftModel(nn.Module):
     def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
         """Add a stored adapter beside those there are; the active one stays active."""
         before = self.active_adapters
-        load_adapter(self.base_model, read_adapter(model_id), adapter_name, trainable=is_trainable)
+        load_adapter(self.base_model, model_id, adapter_name, trainable=is_trainable)
         activate(self.base_model, before)
 
-    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Make one adapter, or several at once, the active ones."""
-        activate(self.base_model, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several at once, the active ones; they train unless ``inference_mode``, as in PEFT."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        activate(self.base_model, names, trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out of the model."""
@@ -109,6 +112,15 @@ class PeftModel(nn.Module):
         for name in selected_adapters or list(self.peft_config):
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             save_adapter(self.base_model, folder, name)
+
+    def activation_checkpointing_enable(self, kwargs: dict[str, Any] | None = None) -> None:
+        """The model's own, with recomputation that sees the ``adapter_names`` of its forward."""
+        given = {"use_reentrant": False} | (kwargs or {})
+        if not given["use_reentrant"]:
+            given.setdefault("context_fn", checkpoint_context)
+        self.base_model.activation_checkpointing_enable(given)  # type: ignore[operator]
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model."""
@@ -137,6 +149,8 @@ class PeftModel(nn.Module):
     def active_adapter(self) -> str:
         """The active adapter; the first where several are."""
         names = self.active_adapters
+        if not names:
+            raise UserError("no adapter is active; set_adapter one")
         if len(names) > 1:
             warnings.warn(f"{len(names)} adapters are active, the first is returned", stacklevel=2)
         return names[0]
@@ -158,12 +172,27 @@ class PeftModel(nn.Module):
         unknown = sorted({*adapter_names} - {BASE, *state.configs})
         if unknown:
             raise UserError(f"adapter_names: no adapter {', '.join(unknown)}; loaded are {', '.join(state.configs)}")
-        owners = sorted({*adapter_names} & state.biases.keys())
+        if len(adapter_names) == 0:
+            raise UserError("adapter_names is empty; give one name for each item of the batch")
+        if self.base_model.training and any(map(_forgets_batches, self.base_model.modules())):
+            raise UserError(
+                "adapter_names with activation checkpointing needs PeftModel.activation_checkpointing_enable() without "
+                "use_reentrant, so that recomputed layers see the same adapters; call it on this model"
+            )
+        owners = sorted(state.biases.keys() & {*adapter_names, *state.active.names})
         if owners:
             raise UserError(
-                f"adapter_names: {owners[0]} has biases of its own, which a mixed batch can't; set_adapter it"
+                f"adapter_names: {owners[0]!r} has biases of its own, which all rows of a mixed batch would get; "
+                "use it alone with set_adapter, and mix others while it is not active"
             )
         facts = current_batch()
         lengths, dropout = (None, None) if facts is None else (facts.lengths, facts.dropout)
         with batch(Batch(lengths=lengths, adapters=tuple(adapter_names), dropout=dropout)):
             yield
+
+
+def _forgets_batches(module: nn.Module) -> bool:
+    """Whether the module's checkpointing runs its forward again without the facts about the batch."""
+    run = getattr(module, "_gradient_checkpointing_func", None)
+    is_on = getattr(module, "gradient_checkpointing", False) and module.training
+    return is_on and "context_fn" not in getattr(run, "keywords", {})

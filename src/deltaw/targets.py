@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from .config import LoraConfig, as_names, pattern_key
+from .config import LoraConfig, as_names, tails_of
 from .errors import UserError
 
 _QUERY_VALUE = {"q_proj", "query", "q", "query_proj", "wq", "v_proj", "value", "v", "value_proj", "wv"}
@@ -45,7 +45,7 @@ def choose(
             raise UserError(f"target_modules={strategy!r} matches no layer of this model; {_listing(linear)}")
     elif isinstance(config.target_modules, str):
         expression = config.target_modules
-        chosen = [name for name in modules if name and re.fullmatch(expression, name)]
+        chosen = [name for name in modules if name and config.match(expression, name)]
         if not chosen:
             raise UserError(
                 f"target_modules={expression!r} (a regular expression over whole names) matches no module; "
@@ -55,7 +55,8 @@ def choose(
         wanted = as_names(config.target_modules)
         if strict:
             _check_all_match("target_modules", wanted, modules, linear)
-        chosen = [name for name in modules if matches_suffix(name, wanted)]
+        wanted_set = set(wanted)
+        chosen = [name for name in modules if matches_suffix(name, wanted_set)]
     if strict and config.exclude_modules and not isinstance(config.exclude_modules, str):
         _check_all_match("exclude_modules", as_names(config.exclude_modules), modules, linear)
     kept = [name for name in chosen if not _is_excluded(config, name) and _is_in_layers(config, name)]
@@ -77,9 +78,18 @@ def compact(chosen: Collection[str], modules: Iterable[str]) -> list[str]:
     return sorted(leaves) if meant == set(chosen) else sorted(chosen)
 
 
-def matches_suffix(name: str, suffixes: Iterable[str]) -> bool:
+def matches_suffix(name: str, suffixes: Collection[str]) -> bool:
     """PEFT's rule for lists: a whole name or a dotted suffix of it."""
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+    return any(tail in suffixes for tail in tails_of(name))
+
+
+def saved_whole(config: LoraConfig, modules: Iterable[str]) -> list[str]:
+    """Names that ``modules_to_save`` means: whatever ends so, as in PEFT (``norm``: ``layernorm`` too).
+
+    Entries without a match are left to the caller, who knows whether they may be.
+    """
+    ends = tuple(as_names(config.modules_to_save))
+    return [name for name in modules if name and name.endswith(ends)]
 
 
 def _by_strategy(strategy: str, linear: list[str]) -> list[str]:
@@ -94,31 +104,35 @@ def _by_strategy(strategy: str, linear: list[str]) -> list[str]:
 
 
 def _check_all_match(field: str, wanted: list[str], modules: Collection[str], linear: Collection[str]) -> None:
-    missing = [suffix for suffix in wanted if not any(matches_suffix(name, [suffix]) for name in modules)]
+    there = {tail for name in modules for tail in tails_of(name)}
+    missing = [name for name in wanted if name not in there]
     if missing:
         raise UserError(f"{field}: no module is called {', '.join(missing)}; {_listing(linear, like=missing[0])}")
 
 
 def _is_excluded(config: LoraConfig, name: str) -> bool:
-    if config.modules_to_save and any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save):
-        return True
+    if config.modules_to_save:
+        saved, parts = set(config.modules_to_save), name.split(".")
+        if any(matches_suffix(".".join(parts[: i + 1]), saved) for i in range(len(parts))):
+            return True
     if isinstance(config.exclude_modules, str):
-        return re.fullmatch(config.exclude_modules, name) is not None
-    return matches_suffix(name, as_names(config.exclude_modules))
+        return config.match(config.exclude_modules, name) is not None
+    return matches_suffix(name, config.exclude_modules or ())
 
 
 def _is_in_layers(config: LoraConfig, name: str) -> bool:
     if config.layers_to_transform is None or config.layers_to_transform == []:
         return True
     wanted = config.layers_to_transform
-    number = _layer_of(name, as_names(config.layers_pattern))
+    patterns = as_names(config.layers_pattern)
+    matches = (config.match(rf"(?:|.*?\.)(?:{pattern})\.(?P<number>\d+)\..*", name) for pattern in patterns)
+    number = next((int(m["number"]) for m in matches if m), None) if patterns else _layer_of(name)
     return number in ([wanted] if isinstance(wanted, int) else wanted)
 
 
-def _layer_of(name: str, patterns: Collection[str] = ()) -> int | None:
-    """Number of the layer a module stands in: the first number in its name, or the one after a named list."""
-    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] or [r"(?:^|.*?\.)[^.]+\.(\d+)\."]
-    found = next((match for e in expressions if (match := re.match(e, name))), None)
+def _layer_of(name: str) -> int | None:
+    """Number of the layer a module stands in: the first number in its name that something is counted by."""
+    found = re.match(r"(?:|.*?\.)[^.]+\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
@@ -129,7 +143,7 @@ def _check_patterns_match(config: LoraConfig, chosen: list[str]) -> None:
     }
     for field, patterns in given.items():
         for key in patterns:
-            if not any(pattern_key({key: None}, name) == key for name in chosen):
+            if not any(config.pattern_key([key], name) for name in chosen):
                 raise UserError(f"{field}: {key!r} matches none of the adapted modules; {_listing(chosen, like=key)}")
 
 

@@ -71,8 +71,8 @@ def test_equals_plain_twin_forward_and_backward(name, bias, transposed):
 
 @pytest.mark.parametrize("name", [name for name in BATCHES if name != "empty rows"])
 def test_gradcheck(name):
-    x, weight, segments, b, leaves = _case(name, bias=True, transposed=False)
-    names = [f for f in ("a_RK", "b_NR", "column_scale_N")]
+    _, weight, segments, _, leaves = _case(name, bias=True, transposed=False)
+    names = ("a_RK", "b_NR", "column_scale_N")
 
     def run(x, b, *factors):
         given = iter(factors)
@@ -126,3 +126,11 @@ def test_what_does_not_fit_is_refused(change, message):
     parts = dict(rows=slice(0, T), a_RK=torch.zeros(3, K), b_NR=torch.zeros(N, 3), scaling=1.0) | change
     with pytest.raises(ValueError, match=message):
         adapted(torch.zeros(T, K), DenseWeight(torch.zeros(N, K)), [Segment(**parts)])
+
+
+@pytest.mark.parametrize("rows", [[(0, 5), (4, 8)], [(3, 6), (0, 9)], [(0, 9), (3, 6)]])
+def test_a_column_scale_does_not_share_its_rows(rows):
+    segments = [_segment(rows[0], 2, seed=1, dora=True), _segment(rows[1], 2, seed=2)]
+    for order in (segments, segments[::-1]):
+        with pytest.raises(ValueError, match="activate one at a time"):
+            adapted(_rand(T, K), DenseWeight(_rand(N, K)), order)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import CONFIG_NAME, LoraConfig, as_names, read_config, resolve_file
+from ..config import CONFIG_NAME, LoraConfig, read_config, resolve_file
 from ..errors import UserError
-from ..files import replace_file, replace_text
+from ..files import replace_files
 from ..nn.embedding import AdaptedEmbedding
 from ..nn.inject import (
     AdaptedLayer,
     adapted_layers,
+    bias_parameters,
     head_name,
     inject,
     linear_names,
@@ -43,17 +44,23 @@ from ..nn.inject import (
     state_of,
 )
 from ..nn.linear import AdaptedLinear
-from ..nn.load import base_info
+from ..nn.load import base_info, first_line
 from ..nn.lowrank import LowRank
 from ..nn.storage import frozen_weight, is_linear
-from ..targets import choose, matches_suffix
+from ..targets import choose, saved_whole
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"
+"""What old versions of PEFT wrote; read with torch's weights-only unpickler, never written."""
+
 MAX_HEADER_BYTES = 64 * 2**20
 """A header of this size would name half a million tensors."""
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?")
+_DOUBLES = (".original_module.bias", ".modules_to_save.bias")
+"""With ``bias="all"`` PEFT writes the bias of a module that is saved whole twice more, by the names of its wrapper."""
+
 _OWN_KEY = "deltaw"
 
 
@@ -78,10 +85,8 @@ class StoredAdapter:
     others: dict[str, Tensor]
     """Everything else (biases, modules_to_save), by name in the model without adapters."""
     provenance: Provenance
-
-    @property
-    def num_bytes(self) -> int:
-        return (self.path / WEIGHTS_NAME).stat().st_size
+    num_bytes: int
+    """Size of the file with the tensors."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +132,18 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
 def save_adapter(
     model: nn.Module, folder: str | Path, name: str = "default", *, data_sha256: str | None = None
 ) -> Path:
-    """Write the adapter as PEFT's two files, each atomically; returns the folder.
+    """Write the adapter as PEFT's two files, both or neither; returns the folder.
 
-    Raises ``UserError`` for a name that the model doesn't have.
+    Raises ``UserError`` for a name that the model doesn't have, and where there can be no such folder.
     """
     state = state_of(model)
     if name not in state.configs:
         raise UserError(f"no adapter {name!r} in this model (it has {', '.join(state.configs) or 'none'})")
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: no folder can be made there ({error}); give another") from None
     # Contiguous copies: safetensors refuses tensors that share memory or are views.
     tensors = {k: v.to("cpu", copy=True).contiguous() for k, v in adapter_tensors(model, name).items()}
     info = base_info(model)
@@ -146,8 +154,12 @@ def save_adapter(
         versions=_versions(),
     )
     metadata = {"format": "pt", _OWN_KEY: json.dumps(dataclasses.asdict(provenance))}
-    replace_file(path / WEIGHTS_NAME, lambda scratch: save_file(tensors, scratch, metadata=metadata))
-    replace_text(path / CONFIG_NAME, _as_peft_wants(model, state.configs[name]).to_json())
+    config = _as_peft_wants(model, state.configs[name]).to_json()
+    writers: dict[str, Callable[[Path], object]] = {
+        WEIGHTS_NAME: lambda scratch: save_file(tensors, scratch, metadata=metadata),
+        CONFIG_NAME: lambda scratch: scratch.write_text(config, encoding="utf-8"),
+    }
+    replace_files(path, writers)
     return path
 
 
@@ -158,22 +170,26 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     """
     config_path = resolve_file(folder, CONFIG_NAME)
     config = read_config(config_path)
-    path = resolve_file(folder, WEIGHTS_NAME)
-    tensors, metadata = _read_safetensors(path)
+    path = _weights_file(folder)
+    tensors, metadata = _read_safetensors(path) if path.name == WEIGHTS_NAME else (_read_pickled(path), {})
     strange = [key for key in tensors if not key.startswith(_PREFIX)]
     if strange:
         raise UserError(f"{path}: keys must start with {_PREFIX!r}; found {', '.join(strange[:3])}")
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        if key.endswith(_DOUBLES):
+            continue
         own = key.removeprefix(_PREFIX)
         match = _FACTOR.fullmatch(own)
         if match:
-            part = match["part"].replace("embedding_", "")
-            factors.setdefault(match["module"], {})[part] = tensor
+            place, name = factors.setdefault(match["module"], {}), match["part"].replace("embedding_", "")
         else:
-            others[own.replace(".base_layer.", ".")] = tensor
-    return StoredAdapter(config_path.parent, config, factors, others, _provenance(metadata))
+            place, name = others, own.replace(".base_layer.", ".")
+        if name in place:
+            raise UserError(f"{path}: {key} stands for the same tensor as another key; get a sound copy")
+        place[name] = tensor
+    return StoredAdapter(config_path.parent, config, factors, others, _provenance(metadata), path.stat().st_size)
 
 
 def load_adapter(
@@ -195,7 +211,7 @@ def load_adapter(
         _check_base(model, stored)
     modules = dict(logical_modules(model))
     chosen = _match(model, stored, modules)
-    extra, ignored = _match_others(stored, modules)
+    extra, ignored = _match_others(stored, modules, chosen)
 
     def make(layer: AdaptedLayer) -> LowRank:
         parts = stored.factors[layer.name]
@@ -212,10 +228,36 @@ def load_adapter(
     return Receipt(name, tuple(chosen), sum(t.numel() for t in tensors), dtype, tuple(ignored))
 
 
+def _weights_file(folder: str | Path) -> Path:
+    try:
+        return resolve_file(folder, WEIGHTS_NAME)
+    except UserError:
+        try:
+            return resolve_file(folder, PICKLED_NAME)
+        except UserError:
+            pass
+        raise
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """``adapter_model.bin``, as data only: a pickle that would run code is refused by torch."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler raises whatever a damaged byte leads it to
+        raise UserError(f"{path}: not readable as tensors only: {first_line(error)}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
+    return {str(key): tensor for key, tensor in tensors.items()}
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > min(MAX_HEADER_BYTES, path.stat().st_size):
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error})") from None
+    if length > min(MAX_HEADER_BYTES, size):
         raise UserError(f"{path}: not a safetensors file (its header claims {length:,} bytes); get a complete copy")
     try:
         with safe_open(path, framework="pt") as file:
@@ -265,27 +307,34 @@ def _misfits(name: str, parts: dict[str, Tensor], module: nn.Module, rank: int) 
     ]
 
 
-def _match_others(stored: StoredAdapter, modules: dict[str, nn.Module]) -> tuple[dict[str, Tensor], list[str]]:
+def _match_others(
+    stored: StoredAdapter, modules: dict[str, nn.Module], chosen: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
     """(tensors to apply, tensors that only repeat the base): biases and modules_to_save; anything else is an error."""
     apply: dict[str, Tensor] = {}
     ignored: list[str] = []
-    wanted_modules = [n for n in modules if matches_suffix(n, as_names(stored.config.modules_to_save))]
-    problems: list[str] = []
+    saved = saved_whole(stored.config, modules)
+    own: dict[str, Tensor] = {}
+    for module in saved:
+        original = getattr(modules[module], "base_layer", modules[module])
+        own |= {f"{module}.{key}": tensor for key, tensor in original.state_dict().items()}
+    own |= bias_parameters(modules, chosen, saved, stored.config.bias)
+    problems = [f"{name} missing" for name in own if name not in stored.others]
     for name, tensor in stored.others.items():
-        owner_name, _, attribute = name.rpartition(".")
-        base = modules.get(owner_name)
-        current = None if base is None else getattr(getattr(base, "base_layer", base), attribute, None)
-        owned = any(name.startswith(f"{m}.") for m in wanted_modules)
+        owner, _, attribute = name.rpartition(".")
+        base = modules.get(owner)
+        current = own.get(name, None if base is None else getattr(getattr(base, "base_layer", base), attribute, None))
         if not isinstance(current, Tensor):
             problems.append(f"{name} (the model has no such tensor)")
-        elif current.shape != tensor.shape:
-            problems.append(f"{name} is {tuple(tensor.shape)}, in this base {tuple(current.shape)}")
-        elif owned or (stored.config.bias != "none" and attribute == "bias"):
+        elif current.shape != tensor.shape or current.is_floating_point() != tensor.is_floating_point():
+            given, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, current))
+            problems.append(f"{name} is {given}, in this base {wanted}")
+        elif name in own:
             apply[name] = tensor
-        elif torch.equal(current.to(tensor.dtype), tensor):
+        elif torch.equal(current.to(tensor), tensor):
             ignored.append(name)
         else:
-            problems.append(f"{name} (trained, but neither in modules_to_save nor a bias)")
+            problems.append(f"{name} (trained, but neither in modules_to_save nor one of the config's biases)")
     if problems:
         raise UserError(f"{stored.path}: tensors that this base can't take: {'; '.join(problems[:4])}")
     return apply, ignored
@@ -300,7 +349,7 @@ def _apply_others(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> No
                 continue
             for owner, module in saved_modules(model):
                 if target.startswith(f"{owner}.") and name in module.copies:
-                    module.copies[name].get_parameter(target.removeprefix(f"{owner}.")).copy_(tensor)
+                    module.copies[name].state_dict()[target.removeprefix(f"{owner}.")].copy_(tensor)
 
 
 def _check_base(model: nn.Module, stored: StoredAdapter) -> None:
@@ -317,7 +366,9 @@ def _provenance(metadata: Mapping[str, str]) -> Provenance:
     try:
         raw: Any = json.loads(metadata.get(_OWN_KEY, "{}"))
         known = {f.name for f in dataclasses.fields(Provenance)}
-        return Provenance(**{k: v for k, v in raw.items() if k in known})
+        given = {k: v for k, v in raw.items() if k in known}
+        hashes = [given.get(name) for name in ("base_name", "base_sha256", "data_sha256")]
+        return Provenance(**given) if all(isinstance(text, str | None) for text in hashes) else Provenance()
     except (json.JSONDecodeError, AttributeError, TypeError, RecursionError):
         return Provenance()
 

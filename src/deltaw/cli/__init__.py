@@ -38,21 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     args = sys.argv[1:] if argv is None else argv
     verb = args[0] if args else "--help"
-    if verb in ("-h", "--help", "help"):
-        print(_HELP.format(verbs="\n".join(f"  {name:<9} {what}" for name, what in VERBS.items())))
-        return 0
-    if verb in ("-V", "--version"):
-        from importlib.metadata import version
-
-        print(f"deltaw {version('deltaw')}")
-        return 0
     try:
-        if verb not in VERBS:
-            raise UserError(f"no verb {verb!r}; expected one of {', '.join(VERBS)} (see deltaw --help)")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # set before the first tokenizer, not after a fork
-        result: int = importlib.import_module(f".{verb}", __name__).main(args[1:])
+        code = _call(verb, args[1:])
         sys.stdout.flush()
-        return result
+        return code
+    except SystemExit as stop:  # a verb's --help
+        return stop.code if isinstance(stop.code, int) else 0
     except UserError as error:
         return _say(verb, str(error), 2)
     except KeyboardInterrupt:
@@ -68,6 +59,25 @@ def main(argv: list[str] | None = None) -> int:
         )
     except Exception:
         return _fault(verb)
+
+
+def _call(verb: str, args: list[str]) -> int:
+    if verb in ("-h", "--help", "help"):
+        print(_HELP.format(verbs="\n".join(f"  {name:<9} {what}" for name, what in VERBS.items())))
+        return 0
+    if verb in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"deltaw {version('deltaw')}")
+        return 0
+    if verb not in VERBS:
+        raise UserError(f"no verb {verb!r}; expected one of {', '.join(VERBS)} (see deltaw --help)")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # set before the first tokenizer, not after a fork
+    # Threads that wait for each other shall sleep, not spin: with anything else on the same cores, spinning made
+    # training five times slower. OpenMP reads this when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    code: int = importlib.import_module(f".{verb}", __name__).main(args)
+    return code
 
 
 def _say(verb: str, message: str, code: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,8 @@ HELP = """/adapter NAME  use an adapter (its name, or a folder to load); /adapte
 /system TEXT   set the system message (empty: none)
 /reset         forget the conversation
 /exit          leave (also Ctrl-D)"""
+
+NO_ADAPTER = "base"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,7 @@ class Conversation:
     def __init__(self, options: Options) -> None:
         from ..adapters.peft_format import read_adapter
         from ..engine.generate import Sampling
-        from ..nn.load import load_base
+        from .models import base_of, load_model
 
         self.sampling = Sampling(
             max_new_tokens=options.max_new_tokens,
@@ -88,44 +92,57 @@ class Conversation:
         )
         base = options.model
         if base is None and options.adapter:
-            stored = read_adapter(options.adapter[0])
-            base = stored.provenance.base_name or stored.config.base_model_name_or_path
-        self.model, self.tokenizer = load_base(base or "smollm2-135m", dtype=options.dtype, device=options.device)
-        self.active = "base"
+            base = base_of(read_adapter(options.adapter[0]))
+        self.model, self.tokenizer = load_model(base, None, dtype=options.dtype, device=options.device)
+        self.active = NO_ADAPTER
         self.system = options.system
         self.messages: list[dict[str, Any]] = []
-        for folder in reversed(options.adapter):
-            self.use(folder)
+        self._names: dict[Path, str] = {}
+        """What each folder's adapter is called here."""
+        for adapter in (*options.adapter, *options.adapter[:1]):
+            self.use(adapter)
 
     def use(self, adapter: str) -> None:
         """Switch to a loaded adapter, ``base``, or one that a folder holds. Raises ``UserError`` for anything else."""
-        from ..adapters.peft_format import load_adapter
-        from ..nn.inject import activate, state_of
+        from ..nn.inject import activate
 
-        loaded = state_of(self.model).configs
-        if adapter in ("base", "none"):
-            activate(self.model, [])
-            self.active = "base"
-            return
-        if adapter not in loaded:
-            name = Path(adapter).resolve().name.replace(".", "-")
-            if name not in loaded:
+        name = adapter if adapter in (*self.loaded, NO_ADAPTER) else self._load(adapter)
+        activate(self.model, [] if name == NO_ADAPTER else [name], trainable=False)
+        self.active = name
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the adapters there are."""
+        from ..nn.inject import state_of
+
+        return list(state_of(self.model).configs)
+
+    def _load(self, adapter: str) -> str:
+        """Load a folder's adapter, once, and return the name that it gets: the folder's, made unique."""
+        from ..adapters.peft_format import load_adapter
+        from ..errors import UserError
+
+        folder = Path(adapter).resolve()
+        if folder not in self._names:
+            stem = re.sub(r"[^A-Za-z0-9_@+-]", "-", folder.name).strip("-_@+") or "adapter"
+            taken = {NO_ADAPTER, *self.loaded}
+            name = next(n for n in chain([stem], (f"{stem}-{i}" for i in count(2))) if n not in taken)
+            try:
                 load_adapter(self.model, adapter, name)
-            adapter = name
-        activate(self.model, [adapter], trainable=False)
-        self.active = adapter
+            except UserError as error:
+                raise UserError(f"{error} (loaded are {', '.join([NO_ADAPTER, *self.loaded])})") from None
+            self._names[folder] = name
+        return self._names[folder]
 
     def command(self, line: str) -> str:
         """Carry out one /command; returns what to print."""
-        from ..nn.inject import state_of
-
         verb, _, rest = line.partition(" ")
         rest = rest.strip()
         if verb == "/adapter" and rest:
             self.use(rest)
             return f"now answering: {self.active}"
         if verb in ("/adapter", "/adapters"):
-            return ", ".join(["base", *state_of(self.model).configs])
+            return ", ".join([NO_ADAPTER, *self.loaded])
         if verb == "/system":
             self.system = rest or None
             return "system message set" if rest else "no system message"
@@ -164,6 +181,6 @@ def _answer(conversation: Conversation, line: str) -> None:
     except KeyboardInterrupt:
         print(" …", end="")
     finally:
-        answer.close()  # type: ignore[attr-defined]
+        answer.close()
     print()
     conversation.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": shown}]

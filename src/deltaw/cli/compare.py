@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,7 +65,7 @@ def compare(options: Options) -> tuple[dict[str, Any], list[Answer], list[Answer
     from ..adapters.peft_format import read_adapter
     from ..data.formats import load_examples
     from ..errors import UserError
-    from ..nn.inject import activate
+    from ..nn.inject import activate, restore
     from ..nn.load import base_bytes
     from ..train.answers import answers
     from .models import load_model
@@ -78,7 +77,7 @@ def compare(options: Options) -> tuple[dict[str, Any], list[Answer], list[Answer
     count = min(options.n, len(everything))
     examples = [everything[i * len(everything) // count] for i in range(count)]
     stored = read_adapter(options.adapter)
-    model, tokenizer = load_model(options.model, options.adapter, dtype=options.dtype, device=options.device)
+    model, tokenizer = load_model(options.model, stored, dtype=options.dtype, device=options.device)
     found: dict[str, list[Answer]] = {}
     for who, names in (("base", []), ("adapter", ["adapter"])):
         activate(model, names, trainable=False)
@@ -91,12 +90,13 @@ def compare(options: Options) -> tuple[dict[str, Any], list[Answer], list[Answer
                 max_new_tokens=options.max_new_tokens,
                 progress=progress,
             )
+    restore(model)
     result = {
         "examples": count,
         "base_matches": sum(a.is_match for a in found["base"]),
         "adapter_matches": sum(a.is_match for a in found["adapter"]),
         "adapter_bytes": stored.num_bytes,
-        "base_bytes": base_bytes(model) - sum(p.numel() * p.element_size() for p in _adapter_parameters(model)),
+        "base_bytes": base_bytes(model),
         "compared": side_by_side(found["base"], found["adapter"]),
     }
     return result, found["base"], found["adapter"]
@@ -120,6 +120,7 @@ def side_by_side(base: Sequence[Answer], adapted: Sequence[Answer]) -> list[dict
 def show(base: Sequence[Answer], adapted: Sequence[Answer]) -> None:
     """One block an example: prompt, wanted, base, adapter, with marks."""
     from rich.table import Table
+    from rich.text import Text
 
     from .screen import out
 
@@ -133,7 +134,7 @@ def show(base: Sequence[Answer], adapted: Sequence[Answer]) -> None:
             ("base", b.got, _mark(b.is_match)),
             ("adapter", a.got, _mark(a.is_match)),
         ):
-            table.add_row(label, _plain(f"{mark}{_short(text)}", mark))
+            table.add_row(label, Text(f"{mark}{_short(text)}", style=_STYLES[mark]))
         out.print(table)
         out.print()
 
@@ -142,22 +143,8 @@ def _mark(is_match: bool) -> str:
     return "✓ " if is_match else "✗ "
 
 
-def _plain(text: str, mark: str) -> Any:
-    from rich.text import Text
-
-    return Text(text, style={"✓ ": "green", "✗ ": "red", "": ""}[mark])
+_STYLES = {"✓ ": "green", "✗ ": "red", "": ""}
 
 
 def _short(text: str, limit: int = 600) -> str:
     return text if len(text) <= limit else text[:limit] + " …"
-
-
-def _adapter_parameters(model: Any) -> list[Any]:
-    from ..nn.inject import adapted_layers
-
-    return [p for _, layer in adapted_layers(model) for p in layer.adapters.parameters()]
-
-
-def as_dicts(found: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Answers as plain JSON values."""
-    return [dataclasses.asdict(answer) for answer in found]

@@ -56,12 +56,16 @@ def main(args: list[str]) -> int:
         return 0
     out.print(
         f"loss {result['loss']:.4f}   perplexity {result['perplexity']:.3f}   "
-        f"over {result['supervised_tokens']:,} tokens of {result['examples']:,} examples"
+        f"over {result['supervised_tokens']:,} supervised tokens of {result['examples']:,} examples"
     )
     if result["exact_match"] is not None:
         out.print(f"exact answers {result['exact_match']:.1%}")
     if result["truncated_examples"]:
         out.print(f"{result['truncated_examples']} examples were cut at {options.max_length} tokens", style="yellow")
+    if result["unsupervised_examples"]:
+        out.print(
+            f"{result['unsupervised_examples']} of them had no supervised token left and count nowhere", style="yellow"
+        )
     return 0
 
 
@@ -73,6 +77,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     from ..train.answers import answers, exact_match
     from ..train.evaluate import mean_loss
     from ..train.forward import examine
+    from ..train.run import check_length
     from .models import load_model
     from .screen import counted
 
@@ -80,7 +85,11 @@ def evaluate(options: Options) -> dict[str, Any]:
         raise UserError(f"--limit {options.limit}: expected at least 1")
     examples = load_examples(options.data, data_format=options.data_format, split="test")[: options.limit]
     model, tokenizer = load_model(options.model, options.adapter, dtype=options.dtype, device=options.device)
-    rendered = render_all(examples, tokenizer, loss_on=options.loss_on, max_length=options.max_length)
+    check_length(model, options.max_length)
+    with counted("data → tokens") as progress:
+        rendered = render_all(
+            examples, tokenizer, loss_on=options.loss_on, max_length=options.max_length, progress=progress
+        )
     with counted("loss") as progress:
         loss, supervised = mean_loss(examine(model), rendered.examples, options.micro_batch_tokens, progress)
     found = None
@@ -100,6 +109,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         "supervised_tokens": supervised,
         "examples": rendered.num_examples,
         "truncated_examples": rendered.num_truncated,
+        "unsupervised_examples": rendered.num_unsupervised_after_truncation,
         "exact_match": None if found is None else exact_match(found),
         "adapter": options.adapter,
     }

@@ -16,19 +16,21 @@ from ..errors import UserError
 
 Options = TypeVar("Options")
 
-_CONFIG = (tyro.conf.FlagCreatePairsOff,)
 
+def parse(kind: type[Options], verb: str, args: list[str], *, negatable: bool = False) -> Options:
+    """The verb's options; ``negatable``: its flags have a ``--no-`` twin, for what a file has switched on.
 
-def parse(kind: type[Options], verb: str, args: list[str]) -> Options:
-    """The verb's options. Raises ``UserError`` in one line for a flag that doesn't exist or a value that isn't one."""
+    Raises ``UserError`` in one line for a flag that doesn't exist or a value that isn't one.
+    """
+    config = () if negatable else (tyro.conf.FlagCreatePairsOff,)
     if "-h" in args or "--help" in args:
-        tyro.cli(kind, prog=f"deltaw {verb}", args=["--help"], config=_CONFIG)  # prints, and exits with 0
+        tyro.cli(kind, prog=f"deltaw {verb}", args=["--help"], config=config)  # prints, and exits with 0
     complaint = io.StringIO()
     width = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "500"  # tyro draws its complaint into a box; one line of it is wanted whole
+    os.environ["COLUMNS"] = "5000"  # tyro draws its complaint into a box; one line of it is wanted whole
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=f"deltaw {verb}", args=args, config=_CONFIG)
+            return tyro.cli(kind, prog=f"deltaw {verb}", args=args, config=config)
     except SystemExit:
         raise UserError(f"{_gist(complaint.getvalue())}; see deltaw {verb} --help") from None
     finally:
@@ -49,7 +51,7 @@ def yaml_args(kind: type[Any], path: Path) -> list[str]:
         content = {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, one a line, such as 'learning-rate: 2e-4'")
-    known = {f.name for f in dataclasses.fields(kind)}
+    known = {f.name: f for f in dataclasses.fields(kind)}
     args: list[str] = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -57,23 +59,26 @@ def yaml_args(kind: type[Any], path: Path) -> list[str]:
             flags = ", ".join(sorted(n.replace("_", "-") for n in known))
             raise UserError(f"{path}: {key!r} is not a key; expected some of {flags}")
         flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            args.append(flag)
-        elif isinstance(value, list):
-            args += [flag, ",".join(map(str, value))]
-        elif isinstance(value, dict):
-            raise UserError(f"{path}: {key!r}: expected one value, found a mapping")
-        elif value is not None and value is not False:
-            args += [flag, str(value)]
+        if isinstance(known[name].default, bool):
+            if not isinstance(value, bool):
+                raise UserError(f"{path}: {key!r}: expected true or false, found {value!r}")
+            args.append(flag if value else f"--no-{name.replace('_', '-')}")
+        elif value is not None:
+            parts = value if isinstance(value, list) else [value]
+            if any(isinstance(part, dict | list) for part in parts):
+                raise UserError(f"{path}: {key!r}: expected one value or a plain list, found {value!r}")
+            args += [flag, ",".join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)]
     return args
 
 
 def _gist(complaint: str) -> str:
     """What a boxed complaint says, on one line, with the flags that it suggests."""
-    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in complaint.splitlines()]
-    said = [line for line in lines if line]
-    text = next((line for line in said[1:] if line), said[0] if said else "the arguments can't be read")
-    suggested = [m[0] for line in said if (m := re.match(r"--[\w-]+", line))]
-    if "Unrecognized" in text and suggested:
-        text += f" (perhaps {', '.join(suggested[:3])})"
-    return text.removeprefix("Error parsing Options: ")
+    lines = [line.strip("╭─╮│╰╯ ") for line in complaint.splitlines()]
+    said = [line for line in lines if line.strip("-")] + ["", "the arguments can't be read"]
+    text = said[1].removeprefix("Error parsing Options: ")  # said[0] is the box's title
+    flags = [m[0] for line in said if (m := re.match(r"--[\w-]+", line))]
+    if text.startswith("Missing from"):
+        return f"{' and '.join(flags)} must be given"
+    if text.startswith("Unrecognized") and flags:
+        text += f" (perhaps {', '.join(flags[:3])})"
+    return text

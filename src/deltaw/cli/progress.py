@@ -8,7 +8,7 @@ from typing import Self
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..train.events import Evaluated, Event, Saved, Started, Stepped, Stopped, Warned
+from ..train.events import Evaluated, Evaluating, Event, Saved, Started, Stepped, Stopped, Warned
 from ..train.run import peak_rss_bytes
 from .screen import err, size
 
@@ -49,6 +49,8 @@ class ProgressBar:
             speed = event.num_tokens / event.seconds
             facts = f"loss {shown} · {speed:,.0f} tokens/s · {size(peak_rss_bytes())}"
             self._progress.update(self._task, completed=event.step, facts=facts)
+        elif isinstance(event, Evaluating):
+            self._progress.update(self._task, facts=f"evaluating {event.num_examples:,} held-out examples")
         elif isinstance(event, Evaluated):
             mark = " (best so far)" if event.is_best else ""
             self._say(f"step {event.step}: held-out loss {event.loss:.4f}{mark}")
@@ -68,4 +70,5 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:  # else it would leave an empty line
+            self._progress.stop()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..train.options import TrainOptions
 from .options import parse, yaml_args
+
+if TYPE_CHECKING:
+    from ..train.events import Event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class Options(TrainOptions):
 
     The data are JSONL, CSV or Parquet files, or a hub data set: chat (messages), prompt/completion,
     instruction/output, or text. What comes out is PEFT's two files, readable by every tool that speaks PEFT.
-    A YAML file may hold any of the flags as keys; flags on the command line go before it. Ctrl-C saves.
+    A YAML file may hold any of the flags as keys; flags on the command line overrule it. Ctrl-C saves.
     """
 
     json: bool = False
@@ -31,14 +33,14 @@ class Options(TrainOptions):
 def main(args: list[str]) -> int:
     if args and args[0].endswith((".yaml", ".yml")):
         args = yaml_args(Options, Path(args[0])) + args[1:]
-    given = parse(Options, "train", args)
+    given = parse(Options, "train", args, negatable=True)
     options = TrainOptions(**{f.name: getattr(given, f.name) for f in dataclasses.fields(TrainOptions)})
 
     from .screen import quiet_libraries
 
     quiet_libraries()
     if options.preview:
-        return _preview(options)
+        return _preview(options, as_json=given.json)
     if options.find_lr:
         return _find_lr(options, as_json=given.json)
     summary = train_with_bar(options)
@@ -50,31 +52,40 @@ def train_with_bar(options: TrainOptions) -> dict[str, Any]:
     """Train under a progress bar; Ctrl-C finishes the step, saves and says how to go on."""
     from ..train.run import run_training
     from .progress import ProgressBar
-    from .screen import err
+    from .screen import counted, err
 
-    with ProgressBar() as bar, stop_on_interrupt() as should_stop:
-        summary = run_training(options, [bar], should_stop)
+    with ProgressBar() as bar, Interrupts() as interrupts:
+        summary = run_training(options, [bar, interrupts], interrupts.should_stop, counted)
     if summary["status"] == "interrupted":
         err.print(f"Saved. Go on with the same command and --resume (--out {options.out}).", markup=False)
     return summary
 
 
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C only asks to stop; a second one interrupts as usual."""
-    asked = False
+class Interrupts:
+    """What Ctrl-C does: before training it interrupts at once; then it asks to stop, and at once if said again."""
 
-    def ask(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+    def __init__(self) -> None:
+        self._is_training = self._is_asked = False
+
+    def __call__(self, event: Event) -> None:
+        self._is_training |= event.kind == "started"
+
+    def should_stop(self) -> bool:
+        return self._is_asked
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self._is_asked or not self._is_training:
             raise KeyboardInterrupt
-        asked = True
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+        self._is_asked = True
+        # Straight to the terminal: the bar's own thread may be in the middle of a line.
+        os.write(2, b"\nStopping after this step, then saving; Ctrl-C again to stop at once.\n")
 
 
 def _report(summary: dict[str, Any], options: TrainOptions, *, as_json: bool) -> None:
@@ -98,23 +109,30 @@ def _report(summary: dict[str, Any], options: TrainOptions, *, as_json: bool) ->
         out.print(f"Next: deltaw chat --adapter {options.out}", markup=False)
 
 
-def _preview(options: TrainOptions) -> int:
+def _preview(options: TrainOptions, *, as_json: bool) -> int:
     """Show examples as the model will see them: what is learnt is marked."""
     from rich.text import Text
 
     from ..data.render import preview
     from ..train.run import data_warnings, prepare
-    from .screen import out
+    from .screen import counted, out, print_json
 
-    prepared = prepare(options)
+    prepared = prepare(options, counted)
     examples = prepared.train.examples
-    for tokens in examples[: options.preview]:
+    shown = [(tokens, preview(tokens, prepared.tokenizer)) for tokens in examples[: options.preview]]
+    if as_json:
+        previews = [{**dataclasses.asdict(tokens), "pieces": pieces} for tokens, pieces in shown]
+        print_json({"examples": previews, "warnings": data_warnings(prepared)})
+        return 0
+    for tokens, pieces in shown:
         cut = f", {tokens.num_truncated} cut off" if tokens.num_truncated else ""
-        out.rule(f"{tokens.origin}: {len(tokens.input_ids)} tokens, {sum(tokens.supervised)} supervised{cut}")
+        title = f"{tokens.origin}: {len(tokens.input_ids)} tokens, {sum(tokens.supervised)} supervised{cut}"
+        out.rule()
+        out.print(title, style="bold", markup=False, soft_wrap=True)
         text = Text()
-        for piece, is_supervised in preview(tokens, prepared.tokenizer):
+        for piece, is_supervised in pieces:
             text.append(f"⟦{piece}⟧" if is_supervised else piece, style="green" if is_supervised else "dim")
-        out.print(text)
+        out.print(text, soft_wrap=True)
     lengths = sorted(len(tokens.input_ids) for tokens in examples)
     supervised = sum(sum(tokens.supervised) for tokens in examples)
     out.rule()
@@ -132,8 +150,7 @@ def _find_lr(options: TrainOptions, *, as_json: bool) -> int:
     from ..train.find_lr import find_learning_rate
     from .screen import counted, out, print_json
 
-    with counted("range test") as progress:
-        found = find_learning_rate(options, progress)
+    found = find_learning_rate(options, counted)
     if as_json:
         print_json(dataclasses.asdict(found))
         return 0

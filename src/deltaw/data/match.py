@@ -17,24 +17,35 @@ def text_match(wanted: str, answer: str) -> bool:
 
 
 def json_match(wanted: str, answer: str) -> bool:
-    """Whether the first line of ``answer`` is the same JSON object as ``wanted``: spacing and order don't count.
+    """Whether ``answer`` is the same JSON object as ``wanted``: spacing and the order of keys don't count.
 
-    Only the first line counts: talking on is neither rewarded nor punished.
+    The object may be all of the answer or its first line: talking on after it is neither rewarded nor punished.
     """
-    found = parsed(answer)
-    return found is not None and found == parsed(wanted)
+    expected = canonical(wanted)
+    first_line = answer.strip().partition("\n")[0]
+    return expected is not None and expected in (canonical(answer), canonical(first_line))
 
 
-def parsed(answer: str) -> dict[str, Any] | None:
-    """The object on the first line of ``answer``, or None where there is none that may be trusted."""
-    lines = answer.strip().splitlines()
-    if not lines or len(lines[0]) > MAX_ANSWER_CHARS:
+def canonical(text: str) -> str | None:
+    """The JSON object that ``text`` is, in one spelling; None where it is none, or one that can't be trusted."""
+    if len(text) > MAX_ANSWER_CHARS:
         return None
     try:
-        found = json.loads(lines[0], parse_constant=_refuse, object_pairs_hook=_without_repeats)
+        found = json.loads(
+            text, parse_constant=_refuse, parse_float=_number, parse_int=_number, object_pairs_hook=_without_repeats
+        )
+        # Compared as text: to Python, true is 1.
+        return json.dumps(found, sort_keys=True, allow_nan=False) if isinstance(found, dict) else None
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+
+
+def _number(digits: str) -> int | float:
+    """A number as JSON means it: 1, 1.0 and 1e0 are one."""
+    if digits.lstrip("-").isdecimal():
+        return int(digits)
+    value = float(digits)
+    return int(value) if value.is_integer() else value
 
 
 def _refuse(constant: str) -> None:

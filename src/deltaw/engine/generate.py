@@ -1,13 +1,16 @@
 """Generation by ``transformers``' own ``generate``: many prompts at once, or one as a stream of tokens.
 
 Prompts of a batch are laid as [shared prefix][padding][rest], so that a prefix that all of them have (instructions,
-worked examples) is computed once; positions are counted by the attention mask, which leaves the padding out.
+worked examples) is computed once; positions are counted by the attention mask, which leaves the padding out. Where
+attention looks back only so far (sliding windows, recurrent layers), padding inside would count: there, all padding
+stands on the left.
 Token ids only: text belongs to the caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import takewhile
 from queue import SimpleQueue
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
@@ -69,7 +73,7 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
-def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
     """Continue one prompt, a token at a time; closing the iterator stops the computation."""
     _check_prompt(model, prompt, sampling, "the prompt")
     tokens, stop = SimpleQueue[int | BaseException | None](), Flag()
@@ -89,7 +93,10 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
             return torch.full((len(input_ids),), stop.is_set())
 
+    num_threads = torch.get_num_threads()  # torch counts them anew in a new thread
+
     def work() -> None:
+        torch.set_num_threads(num_threads)
         try:
             ids = torch.tensor([list(prompt)], device=model.device)
             _run(model, ids, torch.ones_like(ids), sampling, streamer=Streamer(), stopping_criteria=[Stop()])
@@ -97,7 +104,8 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
         except BaseException as error:  # handed over to the caller's thread, and raised there
             tokens.put(error)
 
-    thread = Thread(target=work, daemon=True)
+    # A new thread starts without context: give it the caller's, which may say which adapters the batch has.
+    thread = Thread(target=copy_context().run, args=(work,), daemon=True)
     thread.start()
     try:
         while (token := tokens.get()) is not None:
@@ -111,7 +119,8 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
 
 
 def _generate_batch(model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-    shared = _shared_prefix(prompts)
+    cache = DynamicCache(config=model.config)
+    shared = _shared_prefix(prompts) if _sees_everything(model, cache) else 0
     width = max(len(prompt) for prompt in prompts)
     pad = _pad_token(model)
     ids = torch.tensor([p[:shared] + [pad] * (width - len(p)) + p[shared:] for p in prompts], device=model.device)
@@ -120,7 +129,6 @@ def _generate_batch(model: PreTrainedModel, prompts: list[list[int]], sampling: 
         mask[row, shared : shared + width - len(prompt)] = 0
     kwargs: dict[str, Any] = {}
     if shared:
-        cache = DynamicCache(config=model.config)
         with torch.no_grad():
             model.base_model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(prompts))
@@ -151,6 +159,12 @@ def _shared_prefix(prompts: list[list[int]]) -> int:
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
     shared = min(shared, min(len(prompt) for prompt in prompts) - 1)
     return shared if len(prompts) > 1 and shared >= MIN_SHARED_PREFIX else 0
+
+
+def _sees_everything(model: PreTrainedModel, cache: DynamicCache) -> bool:
+    """Whether every layer attends to all that came before, so that where padding lies doesn't matter."""
+    has_windows = getattr(model.config, "window_size", None) is not None  # GPT-Neo's, which its cache doesn't know
+    return not has_windows and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _check_prompt(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling, what: str) -> None:

@@ -49,6 +49,11 @@ def _attend(
     lengths = _lengths()
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"examples laid end to end are one row without a cache; this batch has {query.shape[0]} rows of "
+            f"{query.shape[2]} tokens, which see {key.shape[2]}"
+        )
     _refuse(module, kwargs)
     scaling = kwargs.get("scaling")
     masking = Masking(

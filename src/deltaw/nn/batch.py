@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 
 from ..ops.dropout import DropoutKey
 
@@ -36,18 +37,19 @@ class Batch:
     def runs(self, num_rows: int) -> Iterator[tuple[slice, str]]:
         """(rows, adapter) for neighbours with one adapter, base included, where a layer sees ``num_rows`` rows.
 
-        A layer sees all tokens of all items, so an item has ``num_rows / items`` rows there (beams included).
+        A layer sees all tokens of all items, so an item has ``num_rows / items`` rows there (beams included); of
+        examples laid end to end each has its own length.
         """
         assert self.adapters is not None
-        each, rest = divmod(num_rows, len(self.adapters))
-        if rest:
+        sizes = self.lengths or (num_rows // max(len(self.adapters), 1),) * len(self.adapters)
+        if len(sizes) != len(self.adapters) or sum(sizes) != num_rows:
             raise ValueError(
                 f"adapter_names has {len(self.adapters)} names, which {num_rows} rows can't be shared out to; "
                 "give one name for each item of the batch"
             )
         start = 0
-        for name, group in groupby(self.adapters):
-            stop = start + each * len(list(group))
+        for name, group in groupby(zip(self.adapters, sizes, strict=True), key=itemgetter(0)):
+            stop = start + sum(size for _, size in group)
             yield slice(start, stop), name
             start = stop
 

@@ -2,16 +2,19 @@
 
     c_n = m_n / ‖W_n + s·B_n·A‖        one number per output row n, in float32
 
-The norm is detached (their §4.3), so only m receives a gradient through c. It comes in closed form, without forming
+The norm is detached (their §4.3), so only m receives a gradient through c. A row without a weight (norm zero) is
+left alone: c = m. The norm comes in closed form, without forming
 W + sBA:
 
     ‖W_n + s·B_n·A‖² = ‖W_n‖² + 2s·Σ_r B_nr·(W·Aᵀ)_nr + s²·Σ_r (B·(A·Aᵀ))_nr·B_nr
 
-‖W_n‖² never changes, W·Aᵀ is one frozen product with r rows, and A·Aᵀ is r × r. The result is kept until A, B or W
-change: torch counts in-place changes of a tensor in ``_version``.
+‖W_n‖² never changes, W·Aᵀ is one frozen product with r rows, and A·Aᵀ is r × r. Of an adapter that isn't
+trained the result is kept until A, B or W change: torch counts in-place changes of a tensor in ``_version``.
 """
 
 from __future__ import annotations
+
+import weakref
 
 import torch
 from torch import Tensor
@@ -24,14 +27,15 @@ _ROWS_AT_A_TIME = 4096
 
 def row_norms_squared(weight: FrozenWeight) -> Tensor:
     """‖W_n‖² for every output row, float32 [N] (float64 where W is)."""
-    dense = weight.dequantize()
-    dtype = torch.promote_types(dense.dtype, torch.float32)
-    return torch.cat([rows.to(dtype).square().sum(1) for rows in dense.split(_ROWS_AT_A_TIME)])
+    with torch.inference_mode(False), torch.no_grad():  # kept for later forwards, which may want gradients
+        dense = weight.dequantize()
+        dtype = torch.promote_types(dense.dtype, torch.float32)
+        return torch.cat([rows.to(dtype).square().sum(1) for rows in dense.split(_ROWS_AT_A_TIME)])
 
 
 def adapted_norm(weight: FrozenWeight, norms_squared_N: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
     """‖W_n + s·B_n·A‖ for every output row [N], in ``norms_squared_N``'s dtype, detached."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         dtype = norms_squared_N.dtype
         a, b = a_RK.to(dtype), b_NR.to(dtype)
         wa_NR = weight.multiply(a_RK.to(weight.dequantize().dtype)).T.to(dtype)
@@ -41,23 +45,45 @@ def adapted_norm(weight: FrozenWeight, norms_squared_N: Tensor, a_RK: Tensor, b_
 
 
 class NormCache:
-    """``adapted_norm`` of one adapter in one layer, computed again only when a tensor behind it has changed."""
+    """``adapted_norm`` of one adapter in one layer, computed again only when a tensor behind it has changed.
+
+    While the factors train nothing is kept: fused optimisers change them without torch counting it. Frozen ones must
+    not be changed through ``.data``, which isn't counted either.
+    """
 
     def __init__(self) -> None:
-        self._base_key: object = None
-        self._key: object = None
-        self._base: Tensor | None = None
-        self._norm: Tensor | None = None
+        self._base_of: _Seen | None = None
+        self._norm_of: tuple[_Seen, _Seen, float] | None = None
+        self._base = self._norm = torch.empty(0)
 
     def norm(self, weight: FrozenWeight, tensor_of_weight: Tensor, a_RK: Tensor, b_NR: Tensor, s: float) -> Tensor:
-        base_key = _state(tensor_of_weight)
-        if self._base is None or base_key != self._base_key:
-            self._base, self._base_key = row_norms_squared(weight), base_key
-        key = (base_key, _state(a_RK), _state(b_NR), s)
-        if self._norm is None or key != self._key:
-            self._norm, self._key = adapted_norm(weight, self._base, a_RK, b_NR, s), key
+        if self._base_of is None or not self._base_of.is_still(tensor_of_weight):
+            self._base, self._base_of = row_norms_squared(weight), _Seen(tensor_of_weight)
+            self._norm_of = None
+        of = self._norm_of
+        if of is None or not (of[0].is_still(a_RK) and of[1].is_still(b_NR) and of[2] == s):
+            norm_N = adapted_norm(weight, self._base, a_RK, b_NR, s)
+            self._norm, self._norm_of = norm_N.masked_fill_(norm_N == 0, 1), (_Seen(a_RK), _Seen(b_NR), s)
+        if a_RK.requires_grad or b_NR.requires_grad:
+            self._norm_of = None
         return self._norm
 
+    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
+        """Copies and pickles start empty: they belong to other tensors."""
+        return NormCache, ()
 
-def _state(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device
+
+class _Seen:
+    """A tensor as it was: which one, where, and how often changed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._state = self._of(tensor)
+
+    def is_still(self, tensor: Tensor) -> bool:
+        return self._tensor() is tensor and self._state == self._of(tensor)
+
+    @staticmethod
+    def _of(tensor: Tensor) -> tuple[object, ...]:
+        version = None if tensor.is_inference() else tensor._version
+        return tensor.data_ptr(), version, tensor.dtype, tensor.device

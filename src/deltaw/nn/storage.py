@@ -7,6 +7,7 @@ A new storage is one more entry here and nothing anywhere else.
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.frozen import DenseWeight, FrozenWeight
@@ -14,6 +15,8 @@ from ..ops.frozen import DenseWeight, FrozenWeight
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer computes x·Wᵀ + b in a storage that we know."""
+    if isinstance(layer, NonDynamicallyQuantizableLinear):  # torch's own attention reads its weight and never calls it
+        return False
     return type(layer) in (nn.Linear, Conv1D) or (isinstance(layer, nn.Linear) and _forward_is(layer, nn.Linear))
 
 

@@ -55,10 +55,12 @@ class Segment:
 def adapted(x_TK: Tensor, weight: FrozenWeight, segments: Sequence[Segment], bias_N: Tensor | None = None) -> Tensor:
     """y [T, N] in x's dtype; differentiable in x, bias and every segment's A, B and column scale.
 
-    Raises ``ValueError`` for factors that do not fit the weight: nothing is broadcast by accident.
+    Raises ``ValueError`` for factors that do not fit the weight (nothing is broadcast by accident), and for rows that
+    a segment with a column scale shares with another.
     """
     for segment in segments:
         _check(segment, x_TK, weight)
+    _check_overlaps(segments)
     factors = [t for s in segments for t in (s.a_RK, s.b_NR, s.column_scale_N)]
     y_TN: Tensor = _Adapted.apply(x_TK, bias_N, weight, tuple(segments), *factors)  # type: ignore[no-untyped-call]
     return y_TN
@@ -168,3 +170,17 @@ def _check(s: Segment, x_TK: Tensor, weight: FrozenWeight) -> None:
         )
     if not 0 <= s.rows.start <= s.rows.stop <= x_TK.shape[0]:
         raise ValueError(f"segment rows {s.rows.start}:{s.rows.stop} lie outside the batch's {x_TK.shape[0]} rows")
+
+
+def _check_overlaps(segments: Sequence[Segment]) -> None:
+    """A column scale applies to a whole sum, so its rows can't belong to a second adapter as well."""
+    if all(s.column_scale_N is None for s in segments):
+        return
+    in_order = sorted((s for s in segments if s.rows.start < s.rows.stop), key=lambda s: s.rows.start)
+    reached, scaled_until = 0, 0
+    for s in in_order:
+        is_scaled = s.column_scale_N is not None
+        if s.rows.start < scaled_until or (is_scaled and s.rows.start < reached):
+            raise ValueError("two adapters are active on the same rows and one is DoRA; activate one at a time")
+        reached = max(reached, s.rows.stop)
+        scaled_until = max(scaled_until, s.rows.stop if is_scaled else 0)

@@ -9,9 +9,10 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.formats import Example
-from ..data.match import json_match, text_match
+from ..data.match import canonical, json_match, text_match
 from ..data.render import prompt_ids
 from ..engine.generate import Sampling, generate
+from ..errors import UserError
 
 MATCHES: dict[str, Callable[[str, str], bool]] = {"text": text_match, "json": json_match}
 Match = Literal["text", "json"]
@@ -41,9 +42,11 @@ def answers(
     """Let the model, as its adapters now stand, answer every example greedily.
 
     ``shown`` are the prompts for people to read, where they are not the examples' own last user turns.
-    Raises ``UserError`` for examples without an answer to compare with (plain text).
+    Raises ``UserError`` for examples without an answer to compare with (plain text, or no JSON object for "json").
     """
     asked = [prompt_ids(example, tokenizer) for example in examples]
+    if match == "json":
+        _check_json(examples, [wanted for _, wanted in asked])
     found = generate(model, [ids for ids, _ in asked], Sampling(max_new_tokens=max_new_tokens), progress=progress)
     texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in found]
     is_match = MATCHES[match]
@@ -51,6 +54,16 @@ def answers(
         Answer(readable(example) if shown is None else shown[i], wanted.strip(), text, is_match(wanted, text))
         for i, (example, (_, wanted), text) in enumerate(zip(examples, asked, texts, strict=True))
     ]
+
+
+def _check_json(examples: Sequence[Example], wanted: Sequence[str]) -> None:
+    """An answer that could never match would make a count of zero look like the model's fault."""
+    bad = [example.origin for example, text in zip(examples, wanted, strict=True) if canonical(text) is None]
+    if bad:
+        raise UserError(
+            f"match json: {len(bad)} of {len(wanted)} wanted answers are no JSON object (first: {bad[0]}); "
+            "compare as text, or repair the data"
+        )
 
 
 def exact_match(found: Sequence[Answer]) -> float:

@@ -9,7 +9,9 @@ that appears whole or not at all. The newest two are kept, and the best by held-
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ from .optim import AdamW
 
 KEEP = 2
 """Newest checkpoints that are kept, beside the best."""
+
+BASE, TRAINING_DATA, HELD_OUT_DATA = "base", "training data", "held-out data"
+"""Keys of ``hashes``: what a run is made from, in the words of the message where it has changed."""
 
 _OPTIMIZER, _STATE, _FULL = "optimizer.safetensors", "state.json", "weights.safetensors"
 
@@ -66,7 +71,7 @@ class Progress:
         if self.eval_loss_before is None:
             self.eval_loss_before = loss
             return False
-        if self.best_loss is None or loss < self.best_loss:
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
             return True
         self.evals_since_best += 1
@@ -80,7 +85,7 @@ def save_checkpoint(
     progress: Progress,
     *,
     options: dict[str, Any],
-    data_sha256: str | None,
+    hashes: Mapping[str, str],
 ) -> Path:
     """Write ``run/checkpoints/step-N`` whole or not at all, then drop those that are no longer kept."""
     path = _folder(run, progress.step)
@@ -88,11 +93,11 @@ def save_checkpoint(
         return path
     with new_folder(path) as scratch:
         if state_of(model).configs:
-            save_adapter(model, scratch, data_sha256=data_sha256)
+            save_adapter(model, scratch, data_sha256=hashes.get(TRAINING_DATA))
         else:
             save_file({n: p.detach().clone() for n, p in optimizer.parameters.items()}, scratch / _FULL)
         save_file({k: v.contiguous() for k, v in optimizer.state().items()}, scratch / _OPTIMIZER)
-        state = {"progress": asdict(progress), "options": options, "data_sha256": data_sha256}
+        state = {"progress": asdict(progress), "options": options, "sha256": dict(hashes)}
         (scratch / _STATE).write_text(json.dumps(state, indent=2))
     for old in _all(run)[:-KEEP]:
         if old != _folder(run, progress.best_step):
@@ -108,13 +113,13 @@ def last_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
-def read_state(path: Path) -> tuple[Progress, dict[str, Any], str | None]:
-    """(progress, options, data hash) of a checkpoint. Raises ``UserError`` where it can't be read."""
+def read_state(path: Path) -> tuple[Progress, dict[str, Any], dict[str, str]]:
+    """(progress, options, hashes) of a checkpoint. Raises ``UserError`` where it can't be read."""
     try:
         state = json.loads((path / _STATE).read_text())
-        return Progress(**state["progress"]), state["options"], state["data_sha256"]
+        return Progress(**state["progress"]), dict(state["options"]), dict(state["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({error}); resume from another or start again") from None
+        raise _damaged(path, error) from None
 
 
 def load_weights(path: Path, model: nn.Module, optimizer: AdamW | None = None) -> None:
@@ -132,14 +137,21 @@ def load_weights(path: Path, model: nn.Module, optimizer: AdamW | None = None) -
                 tensor.copy_(stored[key])
         if optimizer is not None:
             optimizer.load_state(load_file(path / _OPTIMIZER))
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({error}); resume from another or start again") from None
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:  # RuntimeError: a tensor of another shape
+        raise _damaged(path, error) from None
 
 
 def best_checkpoint(run: Path, progress: Progress) -> Path | None:
     """The checkpoint with the best held-out loss, where there is one."""
     path = _folder(run, progress.best_step)
     return path if progress.best_step is not None and path.is_dir() else None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: not a readable checkpoint ({type(error).__name__}: {error}); delete this folder to go on from the "
+        "checkpoint before it, or start again with --overwrite"
+    )
 
 
 def _folder(run: Path, step: int | None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,6 +46,15 @@ class Stepped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluating:
+    """Before an evaluation, which may take long."""
+
+    kind: ClassVar[str] = "evaluating"
+    step: int
+    num_examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """After an evaluation of the weights as they are after ``step``."""
 
@@ -84,9 +94,14 @@ class Stopped:
     """``done``, ``early stop`` or ``interrupted``."""
 
 
-Event = Started | Stepped | Evaluated | Saved | Warned | Stopped
+Event = Started | Stepped | Evaluating | Evaluated | Saved | Warned | Stopped
 
 
 def as_json(event: Event) -> dict[str, Any]:
     """The event as one JSON object, its kind under ``event``."""
-    return {"event": event.kind, **dataclasses.asdict(event)}
+    return {"event": event.kind} | {k: finite_or_none(v) for k, v in dataclasses.asdict(event).items()}
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value, but None for a number that is not finite: JSON has no such numbers."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

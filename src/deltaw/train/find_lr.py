@@ -7,13 +7,12 @@ turns up again. Nothing is written; the run's own model is thrown away afterward
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
 from .events import Stepped
 from .options import TrainOptions
-from .run import make_job, prepare
+from .run import Counted, make_job, prepare, uncounted
 
 LOWEST, HIGHEST = 1e-6, 1e-1
 NUM_STEPS = 60
@@ -32,27 +31,28 @@ class FoundRate:
     """(learning rate, smoothed loss) of each step."""
 
 
-def find_learning_rate(options: TrainOptions, progress: Callable[[int, int], None] = lambda *_: None) -> FoundRate:
+def find_learning_rate(options: TrainOptions, counted: Counted = uncounted) -> FoundRate:
     """Run the test with the options' data, model and adapter. Raises ``UserError`` where the loss never falls."""
     test = replace(
         options, max_steps=NUM_STEPS, warmup_steps=0, lr_scheduler="constant", eval_data=None, save_every=0,
         early_stop_patience=None, resume=False,
     )  # fmt: skip
-    job = make_job(test, prepare(test))
+    job = make_job(test, prepare(test, counted))
     job.folder = None
     job.rate_at = rate_at
     curve: list[tuple[float, float]] = []
     smoothed: float | None = None
-    for event in job.run():
-        if not isinstance(event, Stepped):
-            continue
-        if event.is_skipped:
-            break
-        smoothed = event.loss if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * event.loss
-        curve.append((event.learning_rate, smoothed))
-        progress(event.step, NUM_STEPS)
-        if smoothed > DIVERGED * min(loss for _, loss in curve):
-            break
+    with counted("range test") as progress:
+        for event in job.run():
+            if not isinstance(event, Stepped):
+                continue
+            if event.is_skipped:
+                break
+            smoothed = event.loss if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * event.loss
+            curve.append((event.learning_rate, smoothed))
+            progress(event.step, NUM_STEPS)
+            if smoothed > DIVERGED * min(loss for _, loss in curve):
+                break
     return suggest(curve)
 
 

@@ -23,7 +23,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.pack import Packed, pack
 from ..data.render import Tokens
-from ..errors import UserError
 from ..nn.attention import use_packed_attention
 from ..nn.batch import Batch, batch, checkpoint_context
 from ..nn.inject import adapted_layers
@@ -51,10 +50,9 @@ class LanguageModel:
         facts = Batch(lengths=packed.lengths if self.packs else None, dropout=dropout)
         device = self.model.device
         rows_S, targets_S = packed.target_rows_S.to(device), packed.targets_S.to(device)
-        inputs = {
-            "input_ids": packed.input_ids_T[None].to(device),
-            "position_ids": packed.position_ids_T[None].to(device),
-        }
+        inputs = {"input_ids": packed.input_ids_T[None].to(device)}
+        if self.packs:  # an example alone counts from 0 by itself, and such models may not take positions
+            inputs["position_ids"] = packed.position_ids_T[None].to(device)
         with batch(facts), use_packed_attention(self.model) if self.packs else nullcontext():
             if self.has_plain_head:
                 hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0, rows_S]
@@ -71,27 +69,28 @@ def examine(model: PreTrainedModel) -> LanguageModel:
 
 
 @contextmanager
-def training_mode(model: PreTrainedModel, *, checkpointing: bool) -> Iterator[None]:
+def training_mode(language_model: LanguageModel, *, checkpointing: bool) -> Iterator[None]:
     """Adapters' dropout on, and gradient checkpointing if asked for; the base stays in evaluation mode.
 
     The base is frozen, and dropout of its own would only make the run depend on how examples lie in memory.
+    Backward belongs in here too: a checkpointed layer runs again then, and must attend as it did the first time.
     """
+    model = language_model.model
     model.eval()
-    if checkpointing and not model.supports_gradient_checkpointing:
-        raise UserError(f"{type(model).__name__} has no gradient checkpointing; leave --gradient-checkpointing out")
-    try:
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_context})
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = checkpointing  # this flag alone: children stay in evaluation mode
-        for _, layer in adapted_layers(model):
-            layer.training = True
-        yield
-    finally:
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-        model.eval()
+    with use_packed_attention(model) if language_model.packs else nullcontext():
+        try:
+            if checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_context})
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = checkpointing  # this flag alone: children stay in evaluation mode
+            for _, layer in adapted_layers(model):
+                layer.training = True
+            yield
+        finally:
+            if checkpointing:
+                model.activation_checkpointing_disable()
+            model.eval()
 
 
 @contextmanager

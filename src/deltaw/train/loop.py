@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..nn.inject import parameter_counts
 from ..ops.dropout import DropoutKey
 from .checkpoint import Progress, save_checkpoint
 from .evaluate import mean_loss
-from .events import Evaluated, Event, Saved, Started, Stepped, Stopped, Warned
+from .events import Evaluated, Evaluating, Event, Saved, Started, Stepped, Stopped, Warned
 from .forward import LanguageModel, training_mode
 from .optim import AdamW, learning_rate_at
 from .options import Every, TrainOptions
@@ -44,7 +44,8 @@ class Job:
     eval_tokens: Sequence[Tokens]
     folder: Path | None = None
     """Where checkpoints go; None: nowhere."""
-    data_sha256: str | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """What the run is made from, for its checkpoints: see ``checkpoint.TRAINING_DATA``."""
     progress: Progress = field(default_factory=Progress)
     """Where the run stands; from a checkpoint if it is resumed."""
     should_stop: Callable[[], bool] = lambda: False
@@ -82,8 +83,9 @@ class Job:
             trainable_parameters=trainable,
             total_parameters=total,
         )
-        with training_mode(model, checkpointing=options.gradient_checkpointing):
+        with training_mode(self.language_model, checkpointing=options.gradient_checkpointing):
             if self.eval_tokens and progress.eval_loss_before is None:
+                yield self._evaluating()
                 yield self._evaluate()
             while progress.step < self.num_steps:
                 yield (stepped := self._step())
@@ -92,6 +94,7 @@ class Job:
                 is_last = progress.step == self.num_steps
                 wants_save = self._is_due(options.save_every)
                 if self.eval_tokens and (is_last or self._is_due(options.eval_every)):
+                    yield self._evaluating()
                     yield (evaluated := self._evaluate())
                     wants_save |= evaluated.is_best
                 if wants_save and self.folder is not None:
@@ -146,12 +149,16 @@ class Job:
         )
 
     def _skipped(self, stepped: Stepped) -> Warned:
-        if self.progress.skips_in_a_row >= MAX_SKIPS:
+        if stepped.num_supervised and self.progress.skips_in_a_row >= MAX_SKIPS:
             raise UserError(
                 f"the gradient was not finite for {MAX_SKIPS} steps in a row (step {stepped.step}); "
                 f"lower --learning-rate {self.options.learning_rate:g}, or train with --dtype float32"
             )
-        return Warned(message=f"step {stepped.step}: the gradient is not finite; no weight was moved")
+        why = "the gradient is not finite" if stepped.num_supervised else "none of its tokens is supervised"
+        return Warned(message=f"step {stepped.step}: {why}; no weight was moved")
+
+    def _evaluating(self) -> Evaluating:
+        return Evaluating(step=self.progress.step, num_examples=len(self.eval_tokens))
 
     def _evaluate(self) -> Evaluated:
         started = time.perf_counter()
@@ -173,7 +180,7 @@ class Job:
             self.optimizer,
             self.progress,
             options=self.options.to_dict(),
-            data_sha256=self.data_sha256,
+            hashes=self.hashes,
         )
         return Saved(step=self.progress.step, path=str(path))
 

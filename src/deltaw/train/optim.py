@@ -47,6 +47,8 @@ class AdamW:
             if master is not p:
                 master.grad = None if p.grad is None else p.grad.float()
         self._adamw.step()
+        # The fused step changes weights behind torch's back; what is cached by version (DoRA's norm) must see it.
+        torch.autograd.graph.increment_version(self._masters.values())
         with torch.no_grad():
             for name, p in self.parameters.items():
                 if self._masters[name] is not p:

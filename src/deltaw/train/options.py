@@ -145,9 +145,7 @@ class TrainOptions:
         start = {"true": True, "false": False}.get(self.init_lora_weights.lower(), self.init_lora_weights)
         given = self.target_modules
         targets: str | list[str] = given
-        if given.isidentifier() and given not in STRATEGIES:
-            targets = [given]
-        elif "," in given and not set(given) & set("()[]{}|*+?^$\\"):
+        if given.lower() not in STRATEGIES and not set(given) & set("()[]{}|*+?^$\\"):
             targets = [name.strip() for name in given.split(",") if name.strip()]
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,

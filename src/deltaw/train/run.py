@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +26,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.peft_format import WEIGHTS_NAME, save_adapter
 from ..config import CONFIG_NAME
-from ..data.formats import load_examples, sha256_of
+from ..data.formats import Example, load_examples, sha256_of
 from ..data.render import Rendered, render_all
 from ..errors import UserError
 from ..files import replace_text
 from ..nn.inject import inject, parameter_counts
 from ..nn.load import base_bytes, base_info, load_base
 from . import checkpoint
-from .events import Event, Stopped, Warned
+from .events import Event, Stopped, Warned, finite_or_none
 from .forward import examine
 from .loop import Job, trainable_parameters, unfreeze
 from .optim import unmoved
 from .options import TrainOptions
-from .watchers import MetricsFile, TensorBoard, Watcher
+from .watchers import MetricsFile, TensorBoard, Watcher, check_tensorboard
+
+Counted = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""Opens a bar over slow work with this name, which is then told (done, total)."""
 
 log = logging.getLogger("deltaw")
 
 SUMMARY, METRICS = "summary.json", "metrics.jsonl"
 _FILES = (SUMMARY, METRICS, CONFIG_NAME, WEIGHTS_NAME, "checkpoints", "tensorboard")
+
+
+def uncounted(what: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """No bar."""
+    return nullcontext(lambda done, total: None)
 
 
 @dataclass(frozen=True)
@@ -51,19 +62,26 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     train: Rendered
     eval: Rendered | None
-    data_sha256: str
+    hashes: dict[str, str]
+    """SHA-256 of each of what the run is made from: base, training data, held-out data."""
     base_bytes: int
 
 
 def run_training(
-    options: TrainOptions, watchers: Sequence[Watcher] = (), should_stop: Callable[[], bool] = lambda: False
+    options: TrainOptions,
+    watchers: Sequence[Watcher] = (),
+    should_stop: Callable[[], bool] = lambda: False,
+    counted: Counted = uncounted,
 ) -> dict[str, Any]:
-    """Train as the options say, and return what ``summary.json`` holds.
+    """Train as the options say, and return what ``summary.json`` holds. A finished run that is resumed stays as it is.
 
     Raises ``UserError`` before anything in ``--out`` has changed for whatever can't be read or doesn't fit.
     """
     check_out(options)
-    prepared = prepare(options)
+    if options.resume and (summary := _finished(options)) is not None:
+        log.info("%s is finished after %d steps: nothing left to do", options.out, summary["steps"])
+        return summary
+    prepared = prepare(options, counted)
     job = make_job(options, prepared, should_stop)
     if options.overwrite:
         _clear(options.out)
@@ -72,9 +90,10 @@ def run_training(
         step = job.progress.step if options.resume else None
         listeners: list[Watcher] = [
             stack.enter_context(MetricsFile(options.out / METRICS, keep_up_to=step)),
-            *([stack.enter_context(TensorBoard(options.out / "tensorboard"))] if options.tensorboard else []),
             *watchers,
         ]
+        if options.tensorboard:
+            listeners.append(stack.enter_context(TensorBoard(options.out / "tensorboard", keep_up_to=step)))
 
         def tell(event: Event) -> None:
             for listener in listeners:
@@ -89,7 +108,7 @@ def run_training(
         return _finish(job, prepared, stopped, tell)
 
 
-def prepare(options: TrainOptions) -> Prepared:
+def prepare(options: TrainOptions, counted: Counted = uncounted) -> Prepared:
     """Read the data, then the base, and render the one for the other."""
     if not options.data:
         raise UserError("--data: expected a JSONL, CSV or Parquet file, or a hub data set; give one")
@@ -97,22 +116,37 @@ def prepare(options: TrainOptions) -> Prepared:
     held_out = None
     if options.eval_data is not None:
         held_out = load_examples(options.eval_data, data_format=options.data_format, split="test")
+    log.info("read %d examples from %s; loading %s", len(examples), options.data, options.model)
     model, tokenizer = load_base(options.model, dtype=options.dtype, device=options.device)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and options.max_length > longest:
-        raise UserError(f"--max-length {options.max_length}: {options.model} takes at most {longest} tokens")
+    check_length(model, options.max_length)
 
-    def rendered(examples: Sequence[Any]) -> Rendered:
-        return render_all(examples, tokenizer, loss_on=options.loss_on, max_length=options.max_length)
+    def rendered(examples: Sequence[Example], what: str) -> Rendered:
+        with counted(what) as progress:
+            return render_all(
+                examples, tokenizer, loss_on=options.loss_on, max_length=options.max_length, progress=progress
+            )
 
+    hashes = {checkpoint.TRAINING_DATA: sha256_of(options.data)}
+    if options.eval_data is not None:
+        hashes[checkpoint.HELD_OUT_DATA] = sha256_of(options.eval_data, split="test")
+    info = base_info(model)
+    if info is not None:
+        hashes[checkpoint.BASE] = info.sha256
     return Prepared(
         model=model,
         tokenizer=tokenizer,
-        train=rendered(examples),
-        eval=None if held_out is None else rendered(held_out),
-        data_sha256=sha256_of(options.data),
+        train=rendered(examples, "training data → tokens"),
+        eval=None if held_out is None else rendered(held_out, "held-out data → tokens"),
+        hashes=hashes,
         base_bytes=base_bytes(model),
     )
+
+
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Raises ``UserError`` for examples longer than the model can take."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise UserError(f"--max-length {max_length}: the model takes at most {longest} tokens; lower it to that")
 
 
 def make_job(options: TrainOptions, prepared: Prepared, should_stop: Callable[[], bool] = lambda: False) -> Job:
@@ -121,12 +155,15 @@ def make_job(options: TrainOptions, prepared: Prepared, should_stop: Callable[[]
     progress, path = checkpoint.Progress(), None
     if options.resume:
         path = checkpoint.last_checkpoint(options.out)
-        progress, recorded, data_sha256 = checkpoint.read_state(path)
+        progress, recorded, hashes = checkpoint.read_state(path)
         changes = options.differences(recorded)
-        if data_sha256 != prepared.data_sha256:
-            changes.append("other training data")
+        changes += [f"other {what}" for what, sha256 in prepared.hashes.items() if hashes.get(what) != sha256]
         if changes:
             raise UserError(f"--resume {options.out}: not the same run ({', '.join(changes)}); undo, or --overwrite")
+    if options.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing; leave --gradient-checkpointing out")
+    if options.tensorboard:
+        check_tensorboard()
     torch.manual_seed(options.seed)
     if options.full:
         unfreeze(model)
@@ -139,7 +176,7 @@ def make_job(options: TrainOptions, prepared: Prepared, should_stop: Callable[[]
         train_tokens=prepared.train.examples,
         eval_tokens=prepared.eval.examples if prepared.eval is not None else (),
         folder=options.out,
-        data_sha256=prepared.data_sha256,
+        hashes=prepared.hashes,
         progress=progress,
         should_stop=should_stop,
     )
@@ -170,35 +207,47 @@ def data_warnings(prepared: Prepared) -> list[str]:
 
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _finish(job: Job, prepared: Prepared, stopped: Stopped, tell: Callable[[Event], None]) -> dict[str, Any]:
     model, out = prepared.model, job.options.out
-    best = checkpoint.best_checkpoint(out, job.progress)
-    if best is not None and stopped.reason != "interrupted":
+    best = None if stopped.reason == "interrupted" else checkpoint.best_checkpoint(out, job.progress)
+    if best is not None:
         checkpoint.load_weights(best, model)
     still = unmoved([(name, p) for name, p in trainable_parameters(model).items()])
     if still and stopped.reason != "interrupted":
         modules = [name.partition(".adapters.")[0] for name in still]
         tell(Warned(message=f"{len(still)} modules learnt nothing (B is still zero): {', '.join(modules[:4])}"))
     if job.options.full:
-        model.save_pretrained(out)
-        prepared.tokenizer.save_pretrained(out)
-        trained = out / "model.safetensors"
+        written = _save_whole_model(prepared, out)
     else:
-        trained = save_adapter(model, out, data_sha256=prepared.data_sha256) / WEIGHTS_NAME
-    summary = _summary(job, prepared, stopped, trained)
+        save_adapter(model, out, data_sha256=prepared.hashes[checkpoint.TRAINING_DATA])
+        written = [CONFIG_NAME, WEIGHTS_NAME]
+    summary = _summary(job, prepared, stopped, written) | {
+        "eval_loss_after": None if best is None else job.progress.best_loss
+    }
     replace_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _summary(job: Job, prepared: Prepared, stopped: Stopped, trained: Path) -> dict[str, Any]:
+def _save_whole_model(prepared: Prepared, out: Path) -> list[str]:
+    """Write model and tokenizer as transformers saves them, each file whole or not at all; returns their names."""
+    with tempfile.TemporaryDirectory(dir=out, prefix=".model-") as scratch:
+        prepared.model.save_pretrained(scratch)
+        prepared.tokenizer.save_pretrained(scratch)
+        names = sorted(path.name for path in Path(scratch).iterdir() if path.is_file())
+        for name in names:
+            os.replace(Path(scratch, name), out / name)
+    return names
+
+
+def _summary(job: Job, prepared: Prepared, stopped: Stopped, written: list[str]) -> dict[str, Any]:
     progress = job.progress
     trainable, total = parameter_counts(prepared.model)
-    info = base_info(prepared.model)
     seconds = max(progress.seconds, 1e-9)
-    after = progress.best_loss if progress.best_loss is not None else None
+    weights = [job.options.out / name for name in written if name.endswith(".safetensors")]
     return {
         "status": stopped.reason,
         "steps": progress.step,
@@ -209,26 +258,30 @@ def _summary(job: Job, prepared: Prepared, stopped: Stopped, trained: Path) -> d
         "train_seconds": progress.seconds,
         "examples_per_second": progress.num_examples / seconds,
         "tokens_per_second": progress.num_tokens / seconds,
-        "eval_loss_before": progress.eval_loss_before,
-        "eval_loss_after": after,
-        "eval_loss_last": progress.eval_loss_last,
+        "eval_loss_before": finite_or_none(progress.eval_loss_before),
+        "eval_loss_last": finite_or_none(progress.eval_loss_last),
         "best_step": progress.best_step,
         "peak_rss_bytes": peak_rss_bytes(),
         "trainable_parameters": trainable,
         "total_parameters": total,
-        "adapter_bytes": trained.stat().st_size if trained.is_file() else 0,
+        "adapter_bytes": sum(path.stat().st_size for path in weights),
         "base_bytes": prepared.base_bytes,
-        "data_sha256": prepared.data_sha256,
-        "base_sha256": None if info is None else info.sha256,
+        "data_sha256": prepared.hashes[checkpoint.TRAINING_DATA],
+        "base_sha256": prepared.hashes.get(checkpoint.BASE),
         "truncated_examples": prepared.train.num_truncated,
+        "files": written,
         "config": job.options.to_dict(),
     }
 
 
 def check_out(options: TrainOptions) -> None:
+    """Raises ``UserError`` where the options' run can't go into ``--out``."""
     out = options.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file; expected a folder")
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise UserError(f"--out {out}: can't be written, since {parent} isn't a folder that you may write to")
     found = [name for name in _FILES if (out / name).exists()]
     if options.resume and not found:
         raise UserError(f"--resume: {out} holds no run; start it without --resume")
@@ -236,11 +289,33 @@ def check_out(options: TrainOptions) -> None:
         raise UserError(f"--out {out} already holds a run ({found[0]}); add --resume or --overwrite, or another --out")
 
 
+def _finished(options: TrainOptions) -> dict[str, Any] | None:
+    """The summary of the run in ``--out`` where it has come to its end; ``UserError`` if it was another run."""
+    summary = _read_summary(options.out)
+    if summary.get("status") not in ("done", "early stop"):
+        return None
+    if changes := options.differences(summary["config"]):
+        raise UserError(
+            f"--resume {options.out}: that run is finished, and this would be another ({', '.join(changes)}); "
+            "give another --out, or --overwrite"
+        )
+    return summary
+
+
+def _read_summary(out: Path) -> dict[str, Any]:
+    """What an earlier run left behind; empty where there is nothing that can be read."""
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) and isinstance(summary.get("config"), dict) else {}
+
+
 def _clear(out: Path) -> None:
     """Remove an earlier run's files, and nothing else that may lie there."""
-    for name in _FILES:
-        path = out / name
-        if path.is_dir():
+    written = _read_summary(out).get("files", [])
+    for path in list(out.iterdir()) if out.is_dir() else []:
+        if path.name in ("checkpoints", "tensorboard"):
             shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        elif path.is_file() and (path.name in _FILES or path.name in written):
+            path.unlink()

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from ..errors import UserError
+from ..files import replace_text
 from .events import Evaluated, Event, Stepped, as_json
 
 
@@ -28,7 +29,7 @@ class MetricsFile:
         if keep_up_to is not None and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = "".join(line for line in lines if _step_of(line) <= keep_up_to)
-        path.write_text(kept, encoding="utf-8")
+        replace_text(path, kept)
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, event: Event) -> None:
@@ -45,14 +46,15 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """Losses, learning rate, gradient norm and speed as TensorBoard scalars, by step."""
+    """Losses, learning rate, gradient norm and speed as TensorBoard scalars, by step.
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard; run: pip install tensorboard") from None
-        self._writer = SummaryWriter(str(folder))
+    A resumed run hides what came after its checkpoint.
+    """
+
+    def __init__(self, folder: Path, *, keep_up_to: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=None if keep_up_to is None else keep_up_to + 1)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Stepped):
@@ -74,6 +76,14 @@ class TensorBoard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._writer.close()
+
+
+def check_tensorboard() -> None:
+    """Raises ``UserError`` where TensorBoard is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard; run: pip install tensorboard") from None
 
 
 def _step_of(line: str) -> int:

@@ -1,0 +1,415 @@
+"""Adapters on disk: PEFT's files both ways, bit for bit; whatever doesn't fit is refused by name."""
+
+import json
+import os
+import struct
+import time
+
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import deltaw
+from deltaw.adapters import peft_format
+from deltaw.adapters.peft_format import (
+    PICKLED_NAME,
+    WEIGHTS_NAME,
+    adapter_tensors,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
+from deltaw.config import CONFIG_NAME
+from deltaw.errors import UserError
+from deltaw.nn.inject import adapted_layers, inject, state_of
+from deltaw.nn.load import BaseInfo
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out is set to", "ignore:Model has `tie_word_embeddings", "ignore:Setting `save_embedding"
+)
+CONFIGS = {
+    "lora": {},
+    "dora": dict(use_dora=True),
+    "rslora": dict(use_rslora=True, lora_alpha=3),
+    "patterns": dict(rank_pattern={"c_fc": 2}, alpha_pattern={r".*\.0\..*c_proj": 5}),
+    "embeddings": dict(target_modules=["wte", "wpe", "c_attn"]),
+    "head": dict(target_modules=["lm_head", "c_fc"]),
+    "modules_to_save": dict(modules_to_save=["ln_f"]),
+    "head saved": dict(modules_to_save=["lm_head"]),
+    "bias all": dict(bias="all"),
+    "bias lora_only": dict(bias="lora_only"),
+    "bias and saved": dict(bias="all", modules_to_save=["ln_f"]),
+    "one layer": dict(target_modules=["c_attn"], layers_to_transform=[1]),
+}
+
+
+def _ours(base, config, name="default"):
+    """Our model with a random adapter: every trainable tensor away from its start."""
+    model = deltaw.get_peft_model(base, deltaw.LoraConfig(r=4, **dict(target_modules="all-linear") | config), name)
+    _stir(model)
+    return model
+
+
+def _theirs(base, config):
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, **dict(target_modules="all-linear") | config))
+    _stir(model)
+    return model.eval()
+
+
+def _stir(model):
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+def _equal(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    return all(torch.equal(mine[k], theirs[k]) and mine[k].dtype == theirs[k].dtype for k in mine)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ours_to_peft_to_ours(tiny, ids, tmp_path, name):
+    ours = _ours(tiny("gpt2"), CONFIGS[name])
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(tiny("gpt2"), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = deltaw.PeftModel.from_pretrained(tiny("gpt2"), tmp_path / "theirs")
+    assert _equal(adapter_tensors(again.base_model), adapter_tensors(ours.base_model))
+    assert torch.equal(again(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_theirs_to_ours_to_peft(tiny, ids, tmp_path, name):
+    theirs = _theirs(tiny("gpt2"), CONFIGS[name])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = deltaw.PeftModel.from_pretrained(tiny("gpt2"), tmp_path / "theirs")
+    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    first, second = (load_file(tmp_path / who / WEIGHTS_NAME) for who in ("theirs", "ours"))
+    extra = first.keys() - second.keys()
+    if name == "head":  # PEFT adds the untouched base of an embedding or head
+        assert extra == {"base_model.model.lm_head.base_layer.weight"}
+    else:  # and biases that it writes three times
+        assert all(k.endswith((".original_module.bias", ".modules_to_save.bias")) for k in extra)
+        assert bool(extra) is (name == "bias and saved")
+    assert _equal({k: v for k, v in first.items() if k not in extra}, second)
+    again = peft.PeftModel.from_pretrained(tiny("gpt2"), tmp_path / "ours").eval()
+    assert torch.equal(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_the_base_s_own_embedding_in_pefts_file_is_recognised_and_not_another(tiny, ids, tmp_path):
+    theirs = _theirs(tiny("qwen2"), dict(target_modules=["embed_tokens", "q_proj"]))
+    theirs.save_pretrained(tmp_path)
+    model = tiny("qwen2")
+    receipt = load_adapter(model, tmp_path)
+    assert receipt.ignored == ("model.embed_tokens.weight",) and "not needed: model.embed" in str(receipt)
+    torch.testing.assert_close(model(ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight \(trained, but"):
+        load_adapter(tiny("qwen2", seed=1), tmp_path)
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """A folder with a Llama adapter on q and v."""
+    _ours(tiny(), dict(target_modules="qv")).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_header_says_where_it_comes_from(tiny, tmp_path, saved):
+    model = _ours(tiny(), {}).base_model
+    info = BaseInfo("some/base", tmp_path, (saved / WEIGHTS_NAME,))
+    model.__dict__["_deltaw_base"] = info
+    save_adapter(model, tmp_path / "a", data_sha256="d" * 64)
+    came = read_adapter(tmp_path / "a").provenance
+    assert (came.base_name, came.base_sha256, came.data_sha256) == ("some/base", info.sha256, "d" * 64)
+    assert came.versions.keys() == {"deltaw", "torch", "transformers"}
+    config = json.loads((tmp_path / "a" / CONFIG_NAME).read_text())
+    assert (config["base_model_name_or_path"], config["peft_version"]) == ("some/base", "0.21.2")
+    assert config["inference_mode"] is True
+
+
+@pytest.mark.parametrize("note", ["", "{", "[]", "3", '{"base_name": 3}', '{"x": 1}', "[" * 50_000])
+def test_a_note_that_is_not_ours_is_no_note(saved, note):
+    save_file(load_file(saved / WEIGHTS_NAME), saved / WEIGHTS_NAME, metadata={"deltaw": note})
+    assert read_adapter(saved).provenance == peft_format.Provenance()
+
+
+def test_another_base_is_refused_with_both_names(tiny, tmp_path):
+    files = [tmp_path / name for name in ("one", "two")]
+    for file in files:
+        file.write_text(file.name)
+    one, two = tiny(), tiny()
+    inject(one, deltaw.LoraConfig())
+    one.__dict__["_deltaw_base"] = BaseInfo("first/base", tmp_path, (files[0],))
+    two.__dict__["_deltaw_base"] = BaseInfo("second/base", tmp_path, (files[1],))
+    save_adapter(one, tmp_path / "a")
+    with pytest.raises(UserError, match=r"trained on first/base \(sha256 .*this base is second/base \(sha256"):
+        load_adapter(two, tmp_path / "a")
+    assert not list(adapted_layers(two))
+    receipt = load_adapter(two, tmp_path / "a", allow_other_base=True)
+    assert receipt.num_parameters > 0 and "default: " in str(receipt)
+
+
+def _tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS_NAME)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_NAME)
+
+
+def _config(folder, **fields):
+    raw = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps(raw | fields))
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+MISFITS = {
+    "missing A": (lambda t: t.pop(f"{Q0}.lora_A.weight"), "q_proj: lora_A missing"),
+    "missing module": (
+        lambda t: [t.pop(f"{Q0}.lora_{x}.weight") for x in "AB"],
+        "q_proj: named by the config, without weights",
+    ),
+    "no tensors": (lambda t: t.clear(), "named by the config, without weights"),
+    "unknown module": (
+        lambda t: t.update({"base_model.model.model.layers.9.q.lora_A.weight": torch.ones(4, 32)}),
+        "the model has no such module",
+    ),
+    "module not named": (
+        lambda t: t.update({k.replace("v_proj", "k_proj"): v.clone() for k, v in t.items() if "v_proj" in k}),
+        "k_proj: weights, but not named by the config",
+    ),
+    "unknown tensor": (lambda t: t.update({"base_model.model.extra.bias": torch.ones(3)}), "no such tensor"),
+    "trained but not declared": (
+        lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(97, 32)}),
+        "lm_head.weight .trained, but neither",
+    ),
+    "magnitude without dora": (
+        lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(32)}),
+        "lora_magnitude_vector not expected",
+    ),
+    "wrong shape": (
+        lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 31)}),
+        r"q_proj.lora_A is \(4, 31\) .* needs \(4, 32\)",
+    ),
+    "wrong rank": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(5, 32)}), r"is \(5, 32\)"),
+    "whole numbers": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}), "torch.int8"),
+    "wrong prefix": (
+        lambda t: [t.update({k.removeprefix("base_model."): t.pop(k)}) for k in [*t]],
+        "keys must start with 'base_model.model.'",
+    ),
+    "the same twice": (
+        lambda t: t.update({f"{Q0}.lora_A": t[f"{Q0}.lora_A.weight"].clone()}),
+        "stands for the same tensor as another key",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_tensors_that_do_not_fit_are_named_and_the_model_stays(tiny, ids, saved, name):
+    change, message = MISFITS[name]
+    _tensors(saved, change)
+    model = tiny()
+    before = [(n, type(m)) for n, m in model.named_modules()]
+    with pytest.raises(UserError, match=message):
+        load_adapter(model, saved)
+    assert [(n, type(m)) for n, m in model.named_modules()] == before
+    assert all(p.requires_grad for p in model.parameters()) and not state_of(model).configs
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(r=8), r"is \(4, 32\) .* with r=8 needs \(8, 32\)"),
+        (dict(r=10**9), "r=1000000000"),
+        (dict(peft_type="IA3"), "peft_type='IA3'"),
+        (dict(use_dora=True), "lora_magnitude_vector missing"),
+        (dict(target_modules=["q_proj"]), "v_proj: weights, but not named by the config"),
+        (dict(target_modules=["q_proj", "v_proj", "k_proj"]), "k_proj: named by the config, without weights"),
+        (dict(rank_pattern={"q_proj": 2}), r"with r=2 needs \(2, 32\)"),
+        (dict(rank_pattern={r"((?:.|..|...)*)\1(?<!j)": 4}), "takes too long to match"),
+        (dict(target_modules=r"((?:.|..|...)*)\1(?<!j)"), "takes too long to match"),
+        (dict(modules_to_save=["lm_head"]), "lm_head.weight missing"),
+        (dict(bias="lora_only"), "no such biases"),
+        (dict(layers_to_transform=[0]), "layers.1.*weights, but not named"),
+        (dict(new_thing=True), "unknown field 'new_thing'"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_tensors_is_refused(tiny, saved, fields, message):
+    _config(saved, **fields)
+    model = tiny()
+    started = time.process_time()
+    with pytest.raises(UserError, match=message):
+        load_adapter(model, saved)
+    assert time.process_time() - started < 1
+    assert not list(adapted_layers(model))
+
+
+def test_a_bias_that_is_missing_or_left_over_is_named(tiny, tmp_path):
+    _ours(tiny("gpt2"), dict(target_modules=["c_attn"], bias="lora_only")).save_pretrained(tmp_path)
+    key = "base_model.model.transformer.h.0.attn.c_attn.base_layer.bias"
+    whole = load_file(tmp_path / WEIGHTS_NAME)
+    _tensors(tmp_path, lambda t: t.pop(key))
+    with pytest.raises(UserError, match=r"h.0.attn.c_attn.bias missing"):
+        load_adapter(tiny("gpt2"), tmp_path)
+    save_file(whole | {"base_model.model.transformer.h.0.ln_1.bias": torch.ones(32)}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(UserError, match=r"h.0.ln_1.bias \(trained, but"):
+        load_adapter(tiny("gpt2"), tmp_path)
+
+
+def test_part_of_a_module_saved_whole_is_not_enough(tiny, tmp_path):
+    _ours(tiny("gpt2"), dict(modules_to_save=["ln_f"])).save_pretrained(tmp_path)
+    _tensors(tmp_path, lambda t: t.pop("base_model.model.transformer.ln_f.bias"))
+    with pytest.raises(UserError, match=r"transformer.ln_f.bias missing"):
+        load_adapter(tiny("gpt2"), tmp_path)
+
+
+def test_modules_that_hold_modules_are_saved_whole_too(tiny, ids, tmp_path):
+    ours = _ours(tiny(), dict(target_modules="qv", modules_to_save=["layers.1.mlp"]))
+    ours.save_pretrained(tmp_path)
+    again = deltaw.PeftModel.from_pretrained(tiny(), tmp_path)
+    again.load_adapter(tmp_path, "second")  # over the copies of the first
+    for name in ("default", "second"):
+        again.set_adapter(name)
+        assert torch.equal(again(input_ids=ids).logits, ours(input_ids=ids).logits)
+    theirs = peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
+    torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_that_peft_names_by_guesswork_may_be_missing(tiny, ids, saved):
+    _config(saved, modules_to_save=["classifier", "score"])
+    assert load_adapter(tiny(), saved).num_parameters > 0
+
+
+def test_loaded_adapters_keep_their_dtype_and_trained_ones_are_float32(tiny, ids, saved):
+    trained = _ours(tiny(dtype=torch.bfloat16), {})
+    assert {t.dtype for t in adapter_tensors(trained.base_model).values()} == {torch.float32}
+    _tensors(saved, lambda t: t.update({k: v.half() for k, v in t.items()}))
+    for base in (torch.float32, torch.bfloat16):
+        model = tiny(dtype=base)
+        assert load_adapter(model, saved).dtype == torch.float16
+        assert {t.dtype for t in adapter_tensors(model).values()} == {torch.float16}
+        assert model(ids).logits.dtype == base
+        save_adapter(model, saved.parent / "again")
+        assert _equal(load_file(saved.parent / "again" / WEIGHTS_NAME), load_file(saved / WEIGHTS_NAME))
+
+
+def test_a_copy_to_train_leaves_the_file_alone(tiny, ids, saved):
+    before = (saved / WEIGHTS_NAME).read_bytes()
+    model = tiny()
+    load_adapter(model, saved, trainable=True)
+    _stir(model)
+    assert (saved / WEIGHTS_NAME).read_bytes() == before
+
+
+def test_pickled_weights_are_read_as_data_only(tiny, ids, saved):
+    expected = tiny()
+    load_adapter(expected, saved)
+    torch.save(load_file(saved / WEIGHTS_NAME), saved / PICKLED_NAME)
+    (saved / WEIGHTS_NAME).unlink()
+    model = tiny()
+    load_adapter(model, saved)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert read_adapter(saved).num_bytes == (saved / PICKLED_NAME).stat().st_size
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/deltaw-was-here",)
+
+
+@pytest.mark.parametrize("content", [{"a": _Evil()}, [torch.ones(1)], {"a": 3}, b"", b"\x80\x02garbage", b"PK\x03\x04"])
+def test_pickles_that_are_more_than_tensors_are_refused(saved, content):
+    (saved / WEIGHTS_NAME).unlink()
+    if isinstance(content, bytes):
+        (saved / PICKLED_NAME).write_bytes(content)
+    else:
+        torch.save(content, saved / PICKLED_NAME)
+    with pytest.raises(UserError, match=PICKLED_NAME):
+        read_adapter(saved)
+    assert not os.path.exists("/tmp/deltaw-was-here")
+
+
+def test_a_folder_without_weights_says_so(saved):
+    (saved / WEIGHTS_NAME).unlink()
+    with pytest.raises(UserError, match=f"it has no {WEIGHTS_NAME} .found {CONFIG_NAME}"):
+        read_adapter(saved)
+
+
+def test_an_oversized_header_is_refused_before_memory_is_asked_for(saved):
+    body = (saved / WEIGHTS_NAME).read_bytes()[8:]
+    for length in (2**63, 2**40, 2**27, len(body) + 9):
+        (saved / WEIGHTS_NAME).write_bytes(struct.pack("<Q", length) + body)
+        with pytest.raises(UserError, match=r"not a (readable )?safetensors file"):
+            read_adapter(saved)
+
+
+@settings(deadline=5000, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_raise_nothing_but_user_errors(tiny, saved, data):
+    name = data.draw(st.sampled_from([WEIGHTS_NAME, WEIGHTS_NAME, CONFIG_NAME]))
+    whole = (saved / name).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little") if name == WEIGHTS_NAME else len(whole)
+    damaged = bytearray(whole)
+    if data.draw(st.booleans()):
+        del damaged[data.draw(st.integers(0, len(whole))) :]
+    for _ in range(data.draw(st.integers(0, 3))):
+        if damaged:
+            damaged[data.draw(st.integers(0, min(header, len(damaged)) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (saved / name).write_bytes(bytes(damaged))
+    model = tiny()
+    try:
+        load_adapter(model, saved)
+    except UserError:
+        assert not list(adapted_layers(model))
+    finally:
+        (saved / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("crash", ["save_file", "first rename", "second rename"])
+def test_a_crash_while_saving_leaves_the_old_adapter(tiny, ids, saved, monkeypatch, crash):
+    old = {p.name: p.read_bytes() for p in saved.iterdir()}
+    model = _ours(tiny(), dict(target_modules="mlp", lora_alpha=99)).base_model
+    real, calls = os.replace, []
+
+    def half_a_file(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    def fragile(source, target):
+        calls.append(target)
+        if len(calls) == {"first rename": 1, "second rename": 2}[crash]:
+            raise OSError("crash")
+        real(source, target)
+
+    if crash == "save_file":
+        monkeypatch.setattr(peft_format, "save_file", half_a_file)
+    else:
+        monkeypatch.setattr(os, "replace", fragile)
+    with pytest.raises(OSError, match=r"disk full|crash"):
+        save_adapter(model, saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == old
+    load_adapter(tiny(), saved)
+
+
+def test_several_adapters_lie_side_by_side(tiny, ids, tmp_path):
+    model = _ours(tiny(), {}, "default")
+    model.add_adapter("train", deltaw.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME, "train"]
+    for name, folder in (("default", tmp_path), ("train", tmp_path / "train")):
+        model.set_adapter(name)
+        again = deltaw.PeftModel.from_pretrained(tiny(), folder)
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_what_was_saved_of_an_inactive_owner_of_biases_is_its_own(tiny, ids, tmp_path):
+    model = _ours(tiny("gpt2"), dict(bias="all"))
+    active = model(input_ids=ids).logits
+    with model.disable_adapter():
+        model.save_pretrained(tmp_path)
+    assert torch.equal(deltaw.PeftModel.from_pretrained(tiny("gpt2"), tmp_path)(input_ids=ids).logits, active)

@@ -1,0 +1,61 @@
+"""One small model adapted twice, here and by real PEFT, with equal factors, every B non-zero."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import deltaw
+from deltaw.adapters.peft_format import adapter_tensors
+
+
+@dataclass
+class Twins:
+    """Our model and PEFT's."""
+
+    ours: deltaw.PeftModel
+    theirs: peft.PeftModel
+
+    def trainable(self, which: str) -> dict[str, Tensor]:
+        """Trainable parameters under the names of the adapter's file."""
+        if which == "ours":
+            own = {id(t): t for t in self.ours.parameters() if t.requires_grad}
+            by_storage = {t.data_ptr(): t for t in own.values()}
+            return {k: by_storage[t.data_ptr()] for k, t in adapter_tensors(self.ours.base_model).items()}
+        named = ((n, p) for n, p in self.theirs.named_parameters() if p.requires_grad)
+        return {re.sub(r"\.modules_to_save|\.default|(?<=vector)\.weight|(?<=vector\.default)\.weight", "", n): p
+                for n, p in named}  # fmt: skip
+
+
+@pytest.fixture
+def twins(tiny: Callable[..., PreTrainedModel]) -> Callable[..., Twins]:
+    """``twins("llama", r=4, …)``: the same base and the same random adapter, here and in PEFT."""
+
+    def make(architecture: str, *, dtype: torch.dtype = torch.float32, **config: object) -> Twins:
+        models = [tiny(architecture, dtype=dtype) for _ in range(2)]
+        for model in models:
+            generator = torch.Generator().manual_seed(3)
+            for name, parameter in model.named_parameters():  # biases start at zero, where nothing shows
+                if name.endswith("bias"):
+                    parameter.data.normal_(generator=generator).mul_(0.1)
+        pair = Twins(
+            deltaw.get_peft_model(models[0], deltaw.LoraConfig(**config)),
+            peft.get_peft_model(models[1], peft.LoraConfig(**config)),
+        )
+        ours, theirs = pair.trainable("ours"), pair.trainable("theirs")
+        assert ours.keys() == theirs.keys()
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for name, mine in ours.items():
+                mine.add_(torch.randn(mine.shape, generator=generator), alpha=0.1)
+                theirs[name].copy_(mine)
+        return pair
+
+    return make
