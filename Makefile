@@ -20,7 +20,7 @@ TORCH = $(shell sed -n 's/^torch==[^ ;+]*/&/p' requirements.lock)
 # package's part, which stands before the tools' settings.)
 STAMP := .venv/.setup-$(shell { sed '/^\[tool\.ruff\]/q' pyproject.toml; cat requirements.lock; echo $(BASE_MODEL); } | cksum | tr ' ' '-')
 # Tests, benchmarks and the demo never need the network.
-OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=20000
 
 # Says what is missing before anything is made.
 define usable-python

@@ -1,7 +1,6 @@
 """The demo's task: splits that share nothing, messages that state their answers, a judge not fooled."""
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -20,8 +19,6 @@ from deltaw.data.tickets import (
     WISHES,
     Split,
     fair_prompt,
-    field_matches,
-    is_match,
     make_tickets,
     write_tickets,
 )
@@ -228,72 +225,3 @@ class TestFairPrompt:
 
 
 WANTED = '{"product": "Solveig floor lamp", "order": null, "problem": "late", "wish": "refund", "urgency": "high"}'
-
-
-class TestMatching:
-    @pytest.mark.parametrize(
-        "good",
-        [
-            WANTED,
-            f"  {WANTED}  ",
-            f"\n{WANTED}\nAnything else?",
-            json.dumps(json.loads(WANTED), separators=(",", ":")),
-            json.dumps(dict(reversed(json.loads(WANTED).items()))),
-        ],
-    )
-    def test_right_answers(self, good):
-        assert is_match(WANTED, good)
-        assert all(field_matches(WANTED, good).values())
-
-    @pytest.mark.parametrize(
-        "bad",
-        [
-            "",
-            "   \n ",
-            "I am sorry",
-            f"Sure! {WANTED}",
-            f"Sure!\n{WANTED}",
-            WANTED[:-1],
-            f"{WANTED} {WANTED}",
-            f"[{WANTED}]",
-            "null",
-            "[]",
-            '"late"',
-            "NaN",
-            WANTED.replace("null", "NaN"),
-            WANTED.replace("null", "Infinity"),
-            WANTED[:-1] + ', "urgency": "high"}',
-            "[" * 100_000,
-            '{"a":' * 100_000,
-            '{"a":' * 700,
-            "{" + " " * 1_000_000 + "}",
-            '{"order": ' + "9" * 3_990 + "}",
-            '{"order": ' + "9" * 5_000 + "}",
-            '{"product": "\ud800',
-            "\x00",
-        ],
-    )
-    def test_wrong_answers_are_wrong_and_not_errors(self, bad):
-        assert not is_match(WANTED, bad)
-        assert not any(field_matches(WANTED, bad).values())
-        assert list(field_matches(WANTED, bad)) == list(FIELDS)
-
-    def test_one_wrong_field(self):
-        wrong = WANTED.replace("late", "broken")
-        assert not is_match(WANTED, wrong)
-        assert [field for field, right in field_matches(WANTED, wrong).items() if not right] == ["problem"]
-
-    def test_a_missing_key_is_not_null(self):
-        fields = json.loads(WANTED)
-        del fields["order"]
-        assert not is_match(WANTED, json.dumps(fields))
-        assert not field_matches(WANTED, json.dumps(fields))["order"]
-
-    def test_an_extra_key_is_no_match(self):
-        extra = json.dumps({**json.loads(WANTED), "note": math.pi})
-        assert not is_match(WANTED, extra)
-        assert all(field_matches(WANTED, extra).values())
-
-    def test_copying_is_to_the_letter(self):
-        assert not is_match(WANTED, WANTED.replace("Solveig", "solveig"))
-        assert not is_match(WANTED, WANTED.replace("null", '"null"'))

@@ -60,9 +60,7 @@ def test_shape_of_an_example(built):
     for example in built[0] + built[1]:
         assert [turn["role"] for turn in example["messages"]] == ["user", "assistant"]
         question, text = (turn["content"] for turn in example["messages"])
-        assert example["module"].removeprefix("topics.") in question or example["module"].startswith(
-            "topics."
-        )
+        assert example["module"].removeprefix("topics.") in question or example["module"].startswith("topics.")
         assert len(question) < 400
         assert text == text.strip()
         assert python_docs.MIN_CHARS <= len(text) <= python_docs.MAX_CHARS

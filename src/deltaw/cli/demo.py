@@ -55,7 +55,7 @@ def main(args: list[str]) -> int:
         print_json(result)
     else:
         _report(options, result, base, adapted)
-    return 130 if result["status"] == "interrupted" else 0
+    return 0
 
 
 def run(options: Options, out: Path) -> tuple[dict[str, Any], list[Answer], list[Answer]]:
@@ -79,9 +79,10 @@ def run(options: Options, out: Path) -> tuple[dict[str, Any], list[Answer], list
     asked = [{"messages": [*fair_prompt(ticket), ticket["messages"][-1]]} for ticket in tickets]
     base = _answers(None, asked, shown, "before: the base, with instructions and three examples")
     summary = train_with_bar(training)
+    if summary["status"] == "interrupted":
+        raise KeyboardInterrupt
     adapted = _answers(out, tickets, shown, "after: with the adapter")
     result = {
-        "status": summary["status"],
         "exact_match_before": _share(base),
         "exact_match_after": _share(adapted),
         "eval_loss_before": summary["eval_loss_before"],
@@ -108,7 +109,7 @@ def _training(options: Options, out: Path) -> TrainOptions:
         epochs=1,
         batch_size=4,
         learning_rate=1.5e-3,
-        micro_batch_tokens=512,
+        micro_batch_tokens=1024,
         eval_every=0,
         save_every=0,
     )

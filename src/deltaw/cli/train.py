@@ -36,7 +36,7 @@ def main(args: list[str]) -> int:
     given = parse(Options, "train", args, negatable=True)
     options = TrainOptions(**{f.name: getattr(given, f.name) for f in dataclasses.fields(TrainOptions)})
 
-    from .screen import quiet_libraries
+    from .screen import err, quiet_libraries
 
     quiet_libraries()
     if options.preview:
@@ -45,20 +45,20 @@ def main(args: list[str]) -> int:
         return _find_lr(options, as_json=given.json)
     summary = train_with_bar(options)
     _report(summary, options, as_json=given.json)
-    return 130 if summary["status"] == "interrupted" else 0
+    if summary["status"] == "interrupted":
+        err.print(f"Saved. Go on with the same command and --resume (--out {options.out}).", markup=False)
+        return 130
+    return 0
 
 
 def train_with_bar(options: TrainOptions) -> dict[str, Any]:
-    """Train under a progress bar; Ctrl-C finishes the step, saves and says how to go on."""
+    """Train under a progress bar; Ctrl-C finishes the step and saves."""
     from ..train.run import run_training
     from .progress import ProgressBar
-    from .screen import counted, err
+    from .screen import counted
 
     with ProgressBar() as bar, Interrupts() as interrupts:
-        summary = run_training(options, [bar, interrupts], interrupts.should_stop, counted)
-    if summary["status"] == "interrupted":
-        err.print(f"Saved. Go on with the same command and --resume (--out {options.out}).", markup=False)
-    return summary
+        return run_training(options, [bar, interrupts], interrupts.should_stop, counted)
 
 
 class Interrupts:

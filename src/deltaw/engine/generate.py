@@ -9,7 +9,8 @@ Token ids only: text belongs to the caller.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,7 +20,7 @@ from threading import Thread
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
@@ -144,7 +145,7 @@ def _run(model: PreTrainedModel, ids: Tensor, mask: Tensor, sampling: Sampling, 
         kwargs |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     else:
         kwargs |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    with torch.no_grad():
+    with torch.no_grad(), _contiguous_at_head(model):
         return model.generate(  # type: ignore[no-any-return, operator]
             input_ids=ids,
             attention_mask=mask,
@@ -152,6 +153,24 @@ def _run(model: PreTrainedModel, ids: Tensor, mask: Tensor, sampling: Sampling, 
             pad_token_id=_pad_token(model),
             **kwargs,
         )
+
+
+@contextmanager
+def _contiguous_at_head(model: PreTrainedModel) -> Iterator[None]:
+    """Give the output head contiguous rows inside.
+
+    ``generate`` cuts the last token of each prompt out of a prefill; torch multiplies such a strided batch by as many
+    copies of the whole head as there are prompts: gigabytes, and most of the prefill's time.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _shared_prefix(prompts: list[list[int]]) -> int:

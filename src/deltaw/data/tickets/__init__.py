@@ -5,9 +5,9 @@ the message to the letter, three are classified. The held-out split has its own 
 order numbers and its own sentences, so that a score on it measures what was learnt, not what was remembered.
 """
 
-from deltaw.data.tickets.make import FIELDS, SYSTEM_PROMPT, Split, make_tickets, write_tickets
-from deltaw.data.tickets.score import fair_prompt, field_matches, is_match
-from deltaw.data.tickets.wording import PROBLEMS, URGENCIES, WISHES
+from .asking import fair_prompt
+from .make import FIELDS, SYSTEM_PROMPT, Split, make_tickets, write_tickets
+from .wording import PROBLEMS, URGENCIES, WISHES
 
 __all__ = [
     "FIELDS",
@@ -17,8 +17,6 @@ __all__ = [
     "WISHES",
     "Split",
     "fair_prompt",
-    "field_matches",
-    "is_match",
     "make_tickets",
     "write_tickets",
 ]

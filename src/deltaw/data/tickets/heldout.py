@@ -1,6 +1,6 @@
 """The held-out bank: products and formats of order numbers that training never shows, and new sentences."""
 
-from deltaw.data.tickets.wording import Wording, items, lines
+from .wording import Wording, items, lines
 
 _BRANDS = items("""
     Greenrow, Thistle 36, teal Hornet, orange Meadow, Oakham, Ridgeback, Fern & Fox, Summit Haus, light grey Trailfox,

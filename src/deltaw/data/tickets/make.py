@@ -15,10 +15,10 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Final, Generic, Literal, TypeVar, get_args
 
-from deltaw.data.tickets.heldout import HELDOUT
-from deltaw.data.tickets.train import TRAIN
-from deltaw.data.tickets.wording import PROBLEMS, URGENCIES, WISHES, Wording
-from deltaw.errors import UserError
+from ...errors import UserError
+from .heldout import HELDOUT
+from .train import TRAIN
+from .wording import PROBLEMS, URGENCIES, WISHES, Wording
 
 T = TypeVar("T")
 Split = Literal["train", "heldout"]

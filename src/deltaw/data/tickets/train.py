@@ -1,6 +1,6 @@
 """The training bank."""
 
-from deltaw.data.tickets.wording import Wording, items, lines
+from .wording import Wording, items, lines
 
 _BRANDS = items("""
     Corvo, Lumo, blue Fennel, Oster & Hale, Kestrel 7, red Swiftline, Torvo, Zephyr, Castagna, grey Piperell,
