@@ -168,3 +168,11 @@ def test_a_stream_sees_active_adapters_and_the_callers_batch(tiny):
             assert list(stream(model, prompt, GREEDY)) == wanted
     activate(model, [])
     assert list(stream(model, prompt, GREEDY)) == base
+
+
+def test_batches_are_bounded_by_the_tokens_that_they_hold(tiny, monkeypatch):
+    monkeypatch.setattr("deltaw.engine.generate.MAX_BATCH_TOKENS", 2 * (9 + GREEDY.max_new_tokens))
+    model, prompts, told = tiny(), _prompts(9, 9, 9, 9, 60), []
+    found = generate(model, prompts, GREEDY, progress=lambda *p: told.append(p))
+    assert found == _alone(model, prompts)
+    assert told == [(2, 5), (4, 5), (5, 5)]  # the long one is alone: more than the bound, but nobody's neighbour

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..train.answers import Answer
     from ..train.options import TrainOptions
 
-NUM_TRAIN, NUM_HELD_OUT, NUM_SHOWN = 510, 100, 5
-MAX_NEW_TOKENS = 64
+NUM_TRAIN, NUM_HELD_OUT, NUM_SHOWN = 480, 100, 5
+MAX_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def _training(options: Options, out: Path) -> TrainOptions:
         epochs=1,
         batch_size=4,
         learning_rate=1.5e-3,
-        micro_batch_tokens=1024,
+        micro_batch_tokens=512,
         eval_every=0,
         save_every=0,
     )

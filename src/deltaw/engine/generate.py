@@ -27,6 +27,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
 
+MAX_BATCH_TOKENS = 1 << 15
+"""Tokens, prompts and answers together, whose keys and values are held at a time."""
+
 MIN_SHARED_PREFIX = 32
 """Tokens below which a shared prefix is not worth a forward of its own."""
 
@@ -54,11 +57,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
-    batch_size: int = 50,
+    batch_size: int = 128,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt; returns the new tokens of each (without the end token), in the prompts' order.
 
+    A batch has at most ``batch_size`` prompts, and as many as ``MAX_BATCH_TOKENS`` of cache hold.
     ``progress(done, total)`` is called after each batch. Raises ``UserError`` for an empty prompt or one that leaves
     no room for ``max_new_tokens`` in the model's context.
     """
@@ -66,8 +70,11 @@ def generate(
         _check_prompt(model, prompt, sampling, f"prompt {i}")
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours need the least padding
     answers: dict[int, list[int]] = {}
-    for start in range(0, len(by_length), batch_size):
-        indices = by_length[start : start + batch_size]
+    while len(answers) < len(prompts):
+        waiting = by_length[len(answers) :]
+        fits = (len(prompts[i]) + sampling.max_new_tokens for i in waiting)
+        rows = sum(1 for count, width in enumerate(fits, 1) if count * width <= MAX_BATCH_TOKENS)
+        indices = waiting[: max(1, min(rows, batch_size))]
         answers |= zip(indices, _generate_batch(model, [list(prompts[i]) for i in indices], sampling), strict=True)
         if progress is not None:
             progress(len(answers), len(prompts))
