@@ -41,7 +41,7 @@ def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str 
     if heads:
         saved = sorted({*(peft_config.modules_to_save or ()), *heads})
         peft_config = dataclasses.replace(peft_config, modules_to_save=saved)
-    inject(model, peft_config, adapter_name)
+    inject(model, peft_config, adapter_name, trainable=not peft_config.inference_mode)
     return PeftModel(model)
 
 

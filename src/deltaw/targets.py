@@ -68,6 +68,7 @@ def choose(
         )
     if strict:
         _check_patterns_match(config, kept)
+        _check_layers_exist(config, chosen)
     return kept
 
 
@@ -110,6 +111,15 @@ def _check_all_match(field: str, wanted: list[str], modules: Collection[str], li
         raise UserError(f"{field}: no module is called {', '.join(missing)}; {_listing(linear, like=missing[0])}")
 
 
+def _check_layers_exist(config: LoraConfig, chosen: list[str]) -> None:
+    """Every layer number asked for must be one that the targets have."""
+    asked = config.layers_to_transform
+    has = {number for name in chosen if (number := _counted_layer(config, name)) is not None}
+    missing = sorted({*([asked] if isinstance(asked, int) else asked or ())} - has)
+    if missing:
+        raise UserError(f"layers_to_transform: no layer {missing} among the targets, whose layers are {sorted(has)}")
+
+
 def _is_excluded(config: LoraConfig, name: str) -> bool:
     if config.modules_to_save:
         saved, parts = set(config.modules_to_save), name.split(".")
@@ -124,10 +134,14 @@ def _is_in_layers(config: LoraConfig, name: str) -> bool:
     if config.layers_to_transform is None or config.layers_to_transform == []:
         return True
     wanted = config.layers_to_transform
+    return _counted_layer(config, name) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _counted_layer(config: LoraConfig, name: str) -> int | None:
+    """Number of a module's layer, counted where ``layers_pattern`` says, if it says."""
     patterns = as_names(config.layers_pattern)
     matches = (config.match(rf"(?:|.*?\.)(?:{pattern})\.(?P<number>\d+)\..*", name) for pattern in patterns)
-    number = next((int(m["number"]) for m in matches if m), None) if patterns else _layer_of(name)
-    return number in ([wanted] if isinstance(wanted, int) else wanted)
+    return next((int(m["number"]) for m in matches if m), None) if patterns else _layer_of(name)
 
 
 def _layer_of(name: str) -> int | None:

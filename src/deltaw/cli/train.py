@@ -89,6 +89,7 @@ class Interrupts:
 
 
 def _report(summary: dict[str, Any], options: TrainOptions, *, as_json: bool) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from .screen import duration, out, print_json, size
@@ -103,10 +104,11 @@ def _report(summary: dict[str, Any], options: TrainOptions, *, as_json: bool) ->
     table.add_row("steps", f"{summary['steps']:,} in {duration(summary['train_seconds'])}")
     table.add_row("speed", f"{summary['tokens_per_second']:,.0f} tokens/s")
     table.add_row("peak memory", size(summary["peak_rss_bytes"]))
-    table.add_row("written", f"{options.out} ({size(summary['adapter_bytes'])}; base {size(summary['base_bytes'])})")
+    sizes = f"{size(summary['adapter_bytes'])}; base {size(summary['base_bytes'])}"
+    table.add_row("written", escape(f"{options.out} ({sizes})"))
     out.print(table)
     if summary["status"] != "interrupted" and not options.full:
-        out.print(f"Next: deltaw chat --adapter {options.out}", markup=False)
+        out.print(f"Next: deltaw chat --adapter {options.out}", markup=False, soft_wrap=True)
 
 
 def _preview(options: TrainOptions, *, as_json: bool) -> int:

@@ -65,8 +65,10 @@ def check_tools(chat: Chat, tokenizer: Tokenizer) -> None:
     if not chat.tools and not any(message.get("tool_calls") for message in chat.messages):
         return
     tools, messages = json.loads(json.dumps([chat.tools, chat.messages], default=str))  # nothing shared
-    functions = [tool.get("function", tool) for tool in tools]
-    functions += [call["function"] for message in messages for call in message.get("tool_calls", ())]
+    functions = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in tools]
+    functions += [call["function"] for message in messages for call in message.get("tool_calls") or ()]
+    if strange := [function for function in functions if not isinstance(function, dict)]:
+        raise UserError(f"{chat.origin}: a tool must be an object with a name, found {strange[0]!r:.60}; mend the line")
     names = [str(function.get("name")) for function in functions]
     for number, function in enumerate(functions):
         function["name"] = f"deltaw_probe_{number}_"

@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
 
-MAX_BATCH_TOKENS = 1 << 15
+MAX_BATCH_TOKENS = 1 << 14
 """Tokens, prompts and answers together, whose keys and values are held at a time."""
 
 MIN_SHARED_PREFIX = 32

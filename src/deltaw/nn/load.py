@@ -187,18 +187,21 @@ def _folder(name: str, path: Path, *, weights: bool) -> BaseInfo:
             return BaseInfo(name, path, files)
     if not weights:
         return BaseInfo(name, path, ())
-    raise UserError(f"{name}: config.json but no weights ({', '.join(_WEIGHT_FILES)}); the download may be incomplete")
+    raise UserError(
+        f"{name}: config.json but no weights ({', '.join(_WEIGHT_FILES)}; from the hub: *.safetensors); "
+        "get a complete copy, or one in safetensors"
+    )
 
 
 def _from_hub(name: str, *, weights: bool) -> BaseInfo:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     log.info("looking up %s on the hub", name)
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         folder = snapshot_download(name, allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{name}: no such folder, and the hub gave nothing ({first_line(error)}); check the name and the network, "
             f"or use the embedded {' | '.join(EMBEDDED)}"

@@ -294,7 +294,10 @@ def _finished(options: TrainOptions) -> dict[str, Any] | None:
     summary = _read_summary(options.out)
     if summary.get("status") not in ("done", "early stop"):
         return None
-    if changes := options.differences(summary["config"]):
+    changes = options.differences(summary["config"])
+    if sha256_of(options.data) != summary.get("data_sha256"):
+        changes.append("other training data")
+    if changes:
         raise UserError(
             f"--resume {options.out}: that run is finished, and this would be another ({', '.join(changes)}); "
             "give another --out, or --overwrite"
@@ -314,8 +317,9 @@ def _read_summary(out: Path) -> dict[str, Any]:
 def _clear(out: Path) -> None:
     """Remove an earlier run's files, and nothing else that may lie there."""
     written = _read_summary(out).get("files", [])
-    for path in list(out.iterdir()) if out.is_dir() else []:
-        if path.name in ("checkpoints", "tensorboard"):
-            shutil.rmtree(path)
+    ours = [*out.glob("checkpoints/step-*"), *out.glob("tensorboard/events.out.tfevents.*")]
+    for path in [*ours, *(out.iterdir() if out.is_dir() else ())]:
+        if path in ours:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif path.is_file() and (path.name in _FILES or path.name in written):
             path.unlink()
