@@ -29,7 +29,7 @@ def train_step(result: dict) -> str:
         for dtype in dtypes:
             row = result["results"][dtype][name]
             peer = result["results"][dtype].get(_peer(name))
-            ratio = "" if peer is None else f"{peer['seconds'] / row['seconds']:.2f}× faster"
+            ratio = "" if peer is None else f"{peer['seconds'] / row['seconds']:.2f}× the speed"
             cells.append(f"{row['seconds']:.2f} | {ratio} | {row['peak_rss_bytes'] / 1e9:.2f} GB")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", machine(result)])
