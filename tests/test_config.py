@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import deltaw
-from deltaw.config import CONFIG_NAME, config_from_dict, read_config, resolve_file
+from deltaw.config import CONFIG_NAME, config_from_dict, read_config
 from deltaw.errors import UserError
+from deltaw.hub import resolve_file
 
 THEIRS = {f.name: f for f in dataclasses.fields(peft.LoraConfig)}
 
@@ -38,14 +39,15 @@ HONOURED = {
     "rank_pattern": {"q_proj": 2},
     "alpha_pattern": {"q_proj": 2},
     "use_dora": True,
+    "trainable_token_indices": [1],
+    "target_parameters": ["experts.gate_up_proj"],
+    "loftq_config": {"loftq_bits": 4, "loftq_iter": 2},
+    "eva_config": dataclasses.asdict(peft.EvaConfig(rho=1.5)),
 }
 REFUSED = {
     "peft_type": "IA3",
     "megatron_config": {"a": 1},
     "megatron_core": "megatron.other",
-    "trainable_token_indices": [1],
-    "loftq_config": {"loftq_bits": 4},
-    "eva_config": {"rho": 2.0},
     "corda_config": {"a": 1},
     "lora_ga_config": {"a": 1},
     "velora_config": {"a": 1},
@@ -56,7 +58,6 @@ REFUSED = {
     "layer_replication": [[0, 4]],
     "runtime_config": peft.LoraRuntimeConfig(ephemeral_gpu_offload=True),
     "lora_bias": True,
-    "target_parameters": ["experts.gate_up_proj"],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 0.1},
@@ -97,21 +98,59 @@ def test_a_field_that_is_not_done_is_refused_by_name(name):
         deltaw.LoraConfig(**{name: REFUSED[name]})
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "eva", "loftq", "corda", "orthogonal", "mica"])
+@pytest.mark.parametrize("init", ["corda", "mica", "lora_ga"])
 def test_starts_that_are_not_done_are_refused_by_name(init):
     with pytest.raises(UserError, match=f"{init}.*use True, False or gaussian"):
         deltaw.LoraConfig(init_lora_weights=init)
+
+
+@pytest.mark.parametrize("init", ["pissa", "PiSSA", "pissa_niter_4", "olora", "eva", "loftq", "orthogonal"])
+def test_starts_are_taken_in_any_case_of_letters(init):
+    assert deltaw.LoraConfig(init_lora_weights=init).init_lora_weights == init.lower()
+
+
+@pytest.mark.parametrize(
+    "init", ["pissa_niter_", "pissa_niter_0", "pissa_niter_100", "pissa_niter_x", "kaiming", 1, None]
+)
+def test_what_is_no_start_is_refused(init):
+    with pytest.raises(UserError, match="init_lora_weights"):
+        deltaw.LoraConfig(init_lora_weights=init)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loftq_config": {"loftq_bits": 3}},
+        {"loftq_config": {"loftq_iter": 0}},
+        {"loftq_config": {"bits": 4}},
+        {"loftq_config": 4},
+        {"eva_config": {"rho": 0.5}},
+        {"eva_config": {"tau": float("nan")}},
+        {"eva_config": {"whiten": "yes"}},
+        {"eva_config": {"rho": 2.0}, "init_lora_weights": "pissa"},
+        {"trainable_token_indices": [1, 1]},
+        {"trainable_token_indices": [-1]},
+        {"trainable_token_indices": {"embed_tokens": "1"}},
+        {"target_parameters": "experts"},
+    ],
+)
+def test_settings_of_the_newer_fields_are_checked(given):
+    with pytest.raises(UserError, match="(?i)" + next(iter(given)).partition("_config")[0]) as error:
+        deltaw.LoraConfig(**given)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", [*HONOURED, None])
 def test_json_goes_to_peft_and_back(name, tmp_path):
     given = {} if name is None else {name: HONOURED[name]}
     given |= {"layers_to_transform": [0]} if name == "layers_pattern" else {}
+    if name in ("loftq_config", "eva_config"):
+        given |= {"init_lora_weights": name.removesuffix("_config")}
     ours = deltaw.LoraConfig(**given)
     ours.save_pretrained(tmp_path)
     theirs = peft.LoraConfig.from_pretrained(tmp_path)
     for field in set(THEIRS) - {"runtime_config", "peft_version"}:
-        mine, their = getattr(ours, field), getattr(theirs, field)
+        mine, their = ours.to_dict()[field], getattr(theirs, field)
         assert mine == their or set(mine) == set(their), field
     theirs.save_pretrained(tmp_path)
     back = deltaw.PeftConfig.from_pretrained(tmp_path)

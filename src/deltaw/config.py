@@ -15,15 +15,16 @@ import json
 import math
 import re
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, short
 from .files import replace_text
+from .hub import resolve_file
+from .patterns import MAX_EXPRESSIONS, MAX_PATTERNS, Matcher, check_pattern, is_plain
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -31,21 +32,6 @@ MAX_CONFIG_BYTES = 16 * 2**20
 
 MAX_RANK = 65_536
 """No hidden size in use is larger; a rank beyond it is a damaged or hostile file."""
-
-MAX_PATTERN_CHARS = 10_000
-"""A regular expression over module names that is longer than this was not written by a person."""
-
-MAX_EXPRESSIONS = 100
-"""Regular expressions in a config; plain names, of which a file may well have one a module, don't count."""
-
-MAX_PATTERNS = 50_000
-"""Names in a config: more than the modules of any model."""
-
-_MATCH_SECONDS = 0.3
-"""CPU time that a config's expressions may take beyond the usual, all its matches together."""
-
-_USUAL_SECONDS = 20e-6
-"""What one match may always take; ordinary expressions need a tenth of it."""
 
 
 class TaskType(StrEnum):
@@ -65,19 +51,18 @@ class PeftType(StrEnum):
     LORA = "LORA"
 
 
-INITS = ("gaussian",)
-"""Strings that ``init_lora_weights`` takes beside ``True`` and ``False``."""
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
+"""Strings that ``init_lora_weights`` takes beside ``True``, ``False`` and ``pissa_niter_[number]``."""
+
+_PISSA_NITER = re.compile(r"pissa_niter_[1-9]\d?")
 
 _WITHOUT_EFFECT: dict[str, object] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 """Fields that only mean something beside a refused one: PEFT's default, or nothing, is all they may say."""
 
-_LATER_INITS = ("orthogonal", "pissa", "olora", "eva", "loftq", "corda", "mica")
+_OTHER_INITS = ("corda", "mica", "lora_ga")
 
 _REFUSED: dict[str, str] = {
     "megatron_config": "Megatron's parallel layers",
-    "trainable_token_indices": "training single rows of the embedding",
-    "loftq_config": "LoftQ starts",
-    "eva_config": "EVA starts",
     "corda_config": "CorDA starts",
     "lora_ga_config": "LoRA-GA starts",
     "velora_config": "VeLoRA",
@@ -86,7 +71,6 @@ _REFUSED: dict[str, str] = {
     "monteclora_config": "MonteCLoRA",
     "layer_replication": "replicated layers",
     "lora_bias": "a bias inside lora_B",
-    "target_parameters": "adapting bare parameters (fused experts)",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
@@ -120,6 +104,50 @@ class PeftConfig:
         return read_config(resolve_file(path, CONFIG_NAME, **hub))
 
 
+@dataclass
+class LoftQConfig:
+    """PEFT's settings of a LoftQ start (Li et al. 2023, algorithm 1)."""
+
+    loftq_bits: int = 4
+    """Bits of the quantised weight."""
+    loftq_iter: int = 1
+    """Rounds of quantising and taking the residual's singular vectors."""
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits not in (2, 4, 8):
+            raise UserError(f"LoftQConfig(loftq_bits={short(self.loftq_bits)}): expected 2, 4 or 8")
+        if not is_whole(self.loftq_iter) or not 1 <= self.loftq_iter <= 100:
+            raise UserError(f"LoftQConfig(loftq_iter={short(self.loftq_iter)}): expected a whole number from 1 to 100")
+
+
+@dataclass
+class EvaConfig:
+    """PEFT's settings of an EVA start (Paischer et al. 2024)."""
+
+    rho: float = 2.0
+    """A layer's rank is at most ρ·r; 1 leaves every layer at r."""
+    tau: float = 0.99
+    """Singular vectors whose cosine similarity between two steps is above this have converged."""
+    use_label_mask: bool = True
+    """Only positions with a label are looked at."""
+    label_mask_value: int = -100
+    """The label of positions that are not looked at."""
+    whiten: bool = False
+    """Divide each singular vector by its singular value."""
+    adjust_scaling_factors: bool = True
+    """Keep α/r the same where the rank has changed."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("rho", 1, 1000), ("tau", 0, 1)):
+            if not is_number(value := getattr(self, name)) or not low <= value <= high:
+                raise UserError(f"EvaConfig({name}={short(value)}): expected a number from {low} to {high}")
+        for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"EvaConfig({name}={short(value)}): expected true or false")
+        if not is_whole(self.label_mask_value):
+            raise UserError(f"EvaConfig(label_mask_value={short(self.label_mask_value)}): expected a whole number")
+
+
 @dataclass(kw_only=True)
 class LoraConfig(PeftConfig):
     """PEFT's ``LoraConfig``: same fields, same defaults, validated."""
@@ -143,7 +171,8 @@ class LoraConfig(PeftConfig):
     modules_to_save: list[str] | set[str] | None = None
     """Modules trained and saved whole, beside the adapters (a new head, say)."""
     init_lora_weights: bool | str = True
-    """True: A Kaiming-uniform, B zero; ``gaussian``: A normal with deviation 1/r, B zero; False: both random."""
+    """True: A Kaiming-uniform, B zero; ``gaussian``: A normal with deviation 1/r, B zero; False: both random; or
+    ``orthogonal``, ``pissa``, ``pissa_niter_16``, ``olora``, ``eva``, ``loftq`` (see ``nn/starts.py``)."""
     layers_to_transform: list[int] | int | None = None
     """Only these layer numbers."""
     layers_pattern: list[str] | str | None = None
@@ -154,12 +183,17 @@ class LoraConfig(PeftConfig):
     """Alpha per module: name suffix or regular expression → α."""
     use_dora: bool = False
     """DoRA: magnitude and direction apart (Liu et al. 2024, eq. 5)."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the embedding that train: token ids of the input embedding, or name of an embedding → ids."""
+    target_parameters: list[str] | None = None
+    """Bare parameters to adapt, by suffix of their names: the fused experts of mixture-of-experts models."""
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
+    """How ``init_lora_weights="loftq"`` quantises; LoftQ's defaults where it is left empty."""
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    """How ``init_lora_weights="eva"`` looks at the data; EVA's defaults where it is None."""
 
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict[str, Any] = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
     corda_config: dict[str, Any] | None = None
     lora_ga_config: dict[str, Any] | None = None
     velora_config: dict[str, Any] | None = None
@@ -170,7 +204,6 @@ class LoraConfig(PeftConfig):
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: dict[str, Any] | None = None
     lora_bias: bool = False
-    target_parameters: list[str] | None = None
     use_bdlora: dict[str, Any] | None = None
     arrow_config: dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
@@ -184,18 +217,18 @@ class LoraConfig(PeftConfig):
     def _refuse_what_is_not_done(self) -> None:
         if self.peft_type not in (None, PeftType.LORA):
             raise UserError(
-                f"peft_type={_short(self.peft_type)}: only LORA adapters are supported; train or export as LoRA"
+                f"peft_type={short(self.peft_type)}: only LORA adapters are supported; train or export as LoRA"
             )
         self.peft_type = PeftType.LORA
         for name, what in _REFUSED.items():
             if getattr(self, name):
                 raise UserError(
-                    f"LoraConfig({name}={_short(getattr(self, name))}): {what} is not supported; leave {name} out"
+                    f"LoraConfig({name}={short(getattr(self, name))}): {what} is not supported; leave {name} out"
                 )
         for name, default in _WITHOUT_EFFECT.items():
             if getattr(self, name) not in (None, default):
-                raise UserError(f"LoraConfig({name}={_short(getattr(self, name))}) has no effect; leave {name} out")
-        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(_LATER_INITS):
+                raise UserError(f"LoraConfig({name}={short(getattr(self, name))}) has no effect; leave {name} out")
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(_OTHER_INITS):
             raise UserError(
                 f"init_lora_weights={self.init_lora_weights!r} is not supported; use True, False or {', '.join(INITS)}"
             )
@@ -204,37 +237,34 @@ class LoraConfig(PeftConfig):
             raise UserError("LoraConfig(runtime_config=…): GPU offload of single layers is not supported; leave it out")
 
     def _check_types(self) -> None:
-        def whole(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
         def names(value: object) -> bool:
             return isinstance(value, list | set | tuple) and all(isinstance(name, str) for name in value)
 
-        def number(value: object) -> bool:
-            if not isinstance(value, int | float) or isinstance(value, bool):
+        def token_ids(value: object) -> bool:
+            if not isinstance(value, list | tuple) or not 0 < len(value) <= MAX_PATTERNS:
                 return False
-            return abs(value) <= sys.float_info.max  # false for nan; whole numbers of any size compare
+            return all(is_whole(i) and i >= 0 for i in value) and len({*value}) == len(value)
 
         def expect(name: str, ok: bool, wanted: str) -> None:
             if not ok:
-                raise UserError(f"LoraConfig({name}={_short(getattr(self, name))}): expected {wanted}")
+                raise UserError(f"LoraConfig({name}={short(getattr(self, name))}): expected {wanted}")
 
-        expect("r", whole(self.r) and 0 < self.r <= MAX_RANK, f"a whole number from 1 to {MAX_RANK:,}")
-        expect("lora_alpha", number(self.lora_alpha), "a finite number")
-        expect("lora_dropout", number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)")
+        expect("r", is_whole(self.r) and 0 < self.r <= MAX_RANK, f"a whole number from 1 to {MAX_RANK:,}")
+        expect("lora_alpha", is_number(self.lora_alpha), "a finite number")
+        expect("lora_dropout", is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a number in [0, 1)")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             expect(name, value is None or isinstance(value, str) or names(value), "a list of names or one string")
         expect("modules_to_save", self.modules_to_save is None or names(self.modules_to_save), "a list of names")
         expect("bias", self.bias in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'")
         layers = self.layers_to_transform
-        ok = layers is None or whole(layers) or (isinstance(layers, list | tuple) and all(map(whole, layers)))
+        ok = layers is None or is_whole(layers) or (isinstance(layers, list | tuple) and all(map(is_whole, layers)))
         expect("layers_to_transform", ok, "a layer number or a list of them")
         pattern = self.layers_pattern
         expect("layers_pattern", pattern is None or isinstance(pattern, str) or names(pattern), "a name or names")
         for name, fits, wanted in (
-            ("rank_pattern", lambda r: whole(r) and 0 < r <= MAX_RANK, f"names with ranks from 1 to {MAX_RANK:,}"),
-            ("alpha_pattern", number, "names with finite alphas"),
+            ("rank_pattern", lambda r: is_whole(r) and 0 < r <= MAX_RANK, f"names with ranks from 1 to {MAX_RANK:,}"),
+            ("alpha_pattern", is_number, "names with finite alphas"),
         ):
             value = {} if getattr(self, name) is None else getattr(self, name)
             setattr(self, name, value)
@@ -247,14 +277,43 @@ class LoraConfig(PeftConfig):
         mapping = self.auto_mapping
         flat = isinstance(mapping, dict) and all(isinstance(v, str | int | float | None) for v in mapping.values())
         expect("auto_mapping", mapping is None or flat, "names with plain values")
+        parameters = self.target_parameters
+        expect("target_parameters", parameters is None or names(parameters), "a list of names")
+        self.target_parameters = as_names(parameters) or None
+        tokens = self.trainable_token_indices
+        by_name = isinstance(tokens, Mapping) and all(isinstance(k, str) and token_ids(v) for k, v in tokens.items())
+        wanted = "token ids (each once, from 0), or names of embeddings with token ids"
+        expect("trainable_token_indices", tokens is None or by_name or token_ids(tokens), wanted)
+        for name, kind in (("loftq_config", LoftQConfig), ("eva_config", EvaConfig)):
+            setattr(self, name, self._part(name, kind, getattr(self, name)))
+
+    def _part(self, name: str, kind: type[LoftQConfig | EvaConfig], value: object) -> Any:
+        """One start's own settings as PEFT keeps them: nothing where that start isn't chosen."""
+        start = name.removesuffix("_config")
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):  # PEFT's own class, too
+            value = dataclasses.asdict(value)
+        is_chosen = str(self.init_lora_weights).lower() == start
+        if not value:
+            return kind() if is_chosen else {} if start == "loftq" else None
+        known = {f.name for f in dataclasses.fields(kind)}
+        if not isinstance(value, Mapping) or not value.keys() <= known:
+            raise UserError(
+                f"LoraConfig({name}={short(value)}): expected {kind.__name__} or its fields ({sorted(known)})"
+            )
+        if not is_chosen and self.init_lora_weights is not True:
+            raise UserError(f"LoraConfig({name}=…) goes with init_lora_weights={start!r} only; leave it out")
+        return kind(**value)
 
     def _check_values(self) -> None:
         if self.task_type is not None and self.task_type not in list(TaskType):
-            raise UserError(f"task_type={_short(self.task_type)}: expected one of {', '.join(TaskType)}")
+            raise UserError(f"task_type={short(self.task_type)}: expected one of {', '.join(TaskType)}")
         init = self.init_lora_weights
         if not isinstance(init, bool):
-            if not isinstance(init, str) or init.lower() not in INITS:
-                raise UserError(f"init_lora_weights={_short(init)}: expected True, False or one of {list(INITS)}")
+            if not isinstance(init, str) or not (init.lower() in INITS or _PISSA_NITER.fullmatch(init.lower())):
+                raise UserError(
+                    f"init_lora_weights={short(init)}: expected True, False, 'pissa_niter_16' (any number from 1 to "
+                    f"99) or one of {list(INITS)}"
+                )
             self.init_lora_weights = init.lower()
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError(
@@ -279,39 +338,20 @@ class LoraConfig(PeftConfig):
         texts = [(n, given[n]) for n in ("target_modules", "exclude_modules") if isinstance(given[n], str)]
         for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
             keys = [given[name]] if isinstance(given[name], str) else given[name]
-            texts += [(name, key) for key in keys if not _is_plain(key)]
+            texts += [(name, key) for key in keys if not is_plain(key)]
         if len(texts) > MAX_EXPRESSIONS:
             raise UserError(f"{len(texts):,} regular expressions in one config (at most {MAX_EXPRESSIONS:,})")
         for name, text in texts:
-            _check_pattern(name, text)
-        self._seconds_left = _MATCH_SECONDS
+            check_pattern(name, text, is_suffix=name in ("rank_pattern", "alpha_pattern"))
+        self._matcher = Matcher()
 
     def match(self, expression: str, module: str) -> re.Match[str] | None:
-        """``re.fullmatch`` of one of this config's expressions, in bounded time.
-
-        A config may come from anyone, and ``re`` takes until tomorrow for an expression like ``(a+)+b``. ``regex``
-        reads the same language and can be stopped. Raises ``UserError`` when the time is up.
-        """
-        import regex  # type: ignore[import-untyped]
-
-        started = time.thread_time()
-        try:
-            found: re.Match[str] | None = regex.fullmatch(expression, module, timeout=max(self._seconds_left, 1e-3))
-        except (TimeoutError, regex.error, RecursionError, MemoryError) as error:
-            self._seconds_left = 0.0
-            reason = "takes too long to match" if isinstance(error, TimeoutError) else f"can't be matched: {error}"
-            raise UserError(f"regular expression {_short(expression)} {reason}; write it more simply") from None
-        # Only what goes beyond the usual is counted: a config may be asked any number of times.
-        self._seconds_left -= max(0.0, time.thread_time() - started - _USUAL_SECONDS)
-        return found
+        """One of this config's expressions over a whole name, in bounded time (``patterns.Matcher``)."""
+        return self._matcher.fullmatch(expression, module)
 
     def pattern_key(self, patterns: Iterable[str], module: str) -> str | None:
         """The first key that names ``module``, as PEFT matches it: a whole name, a dotted suffix, or an expression."""
-        tails = {*tails_of(module), f"^{module}"}
-        for key in patterns:
-            if key in tails or (not _is_plain(key) and self.match(rf"(.*\.)?({key})$", module)):
-                return key
-        return None
+        return self._matcher.key_for(patterns, module)
 
     @property
     def is_strategy(self) -> bool:
@@ -336,7 +376,9 @@ class LoraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """PEFT's ``adapter_config.json`` as a dict of plain JSON values."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "runtime_config"}
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in out.items()}
+        out = {name: sorted(value) if isinstance(value, set) else value for name, value in out.items()}
+        parts = (LoftQConfig, EvaConfig)
+        return {name: dataclasses.asdict(value) if isinstance(value, parts) else value for name, value in out.items()}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``adapter_config.json`` into ``folder``."""
@@ -345,30 +387,19 @@ class LoraConfig(PeftConfig):
         replace_text(path / CONFIG_NAME, self.to_json())
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        # Fields in order of their names, but patterns in their own: the first that matches a module counts.
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2) + "\n"
 
 
 STRATEGIES = ("all-linear", "attention", "mlp", "qv")
 """Named choices of target modules; ``targets.py`` says what each means."""
 
 
-_NAMING = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
+_NAMING = (
+    *("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"),
+    *("modules_to_save", "target_parameters"),
+)
 """Fields that name modules."""
-
-_PLAIN = re.compile(r"\^?[\w.-]+")
-
-
-def tails_of(module: str) -> Iterator[str]:
-    """A module's name and its dotted suffixes: every way in which a list can name it."""
-    yield module
-    while (dot := module.find(".")) >= 0:
-        module = module[dot + 1 :]
-        yield module
-
-
-def _is_plain(key: str) -> bool:
-    """Whether a pattern is a mere name (``^`` before a whole one), which needs no expression to be compared."""
-    return _PLAIN.fullmatch(key) is not None
 
 
 def read_config(path: Path) -> LoraConfig:
@@ -395,51 +426,8 @@ def config_from_dict(raw: Mapping[str, Any]) -> LoraConfig:
     for key, value in unknown.items():
         # A newer PEFT may add a field; at a value that switches nothing on, it can't change what the weights mean.
         if value not in (None, False, {}, [], ""):
-            raise UserError(f"unknown field {_short(key)}={_short(value)}: not one that this version understands")
+            raise UserError(f"unknown field {short(key)}={short(value)}: not one that this version understands")
     return LoraConfig(**{key: value for key, value in raw.items() if key in known and key != "runtime_config"})
-
-
-def resolve_file(path: str | Path, name: str, **hub: Any) -> Path:
-    """``name`` in a local folder, else from the hub repository ``path``. ``UserError`` where there is neither."""
-    folder = Path(path)
-    try:
-        is_there, is_folder, has_file = folder.exists(), folder.is_dir(), (folder / name).is_file()
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if is_folder and not has_file else ""
-    except (OSError, ValueError) as error:  # a name too long, a folder that may not be read
-        raise UserError(f"{_short(str(path))}: {error}; expected a folder with {name}, or a hub id") from None
-    if has_file:
-        return folder / name
-    if is_folder:
-        raise UserError(f"{folder} is not an adapter: it has no {name} (found {found or 'nothing'})")
-    if is_there or len(folder.parts) != 2 or str(path).startswith((".", "/", "~")):
-        what = "a file" if is_there else "no such folder"
-        raise UserError(f"{path}: {what}; expected a folder with {name}, or a hub id like owner/name")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(str(path), name, **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: no such folder, and the hub gave no {name} ({reason})") from None
-
-
-def _check_pattern(field_name: str, pattern: str) -> None:
-    if len(pattern) > MAX_PATTERN_CHARS:
-        raise UserError(f"{field_name}: a pattern of {len(pattern):,} characters (at most {MAX_PATTERN_CHARS:,})")
-    try:
-        re.compile(rf"(.*\.)?({pattern})$" if field_name in ("rank_pattern", "alpha_pattern") else pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{field_name}={_short(pattern)} is not a regular expression: {error}") from None
-
-
-def _short(value: object, limit: int = 80) -> str:
-    """``repr`` for a message, bounded; enums as their value."""
-    try:
-        text = repr(str(value)) if isinstance(value, StrEnum) else repr(value)
-    except RecursionError:
-        text = f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def as_names(value: Sequence[str] | set[str] | str | None) -> list[str]:
@@ -447,3 +435,15 @@ def as_names(value: Sequence[str] | set[str] | str | None) -> list[str]:
     if value is None:
         return []
     return [value] if isinstance(value, str) else sorted(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number; true and false are none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # false for nan; whole numbers of any size compare

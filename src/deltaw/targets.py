@@ -20,8 +20,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from .config import LoraConfig, as_names, tails_of
+from .config import LoraConfig, as_names
 from .errors import UserError
+from .patterns import tails_of
 
 _QUERY_VALUE = {"q_proj", "query", "q", "query_proj", "wq", "v_proj", "value", "v", "value_proj", "wv"}
 _FUSED_QKV = {"qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv", "in_proj", "att_proj"}
