@@ -327,6 +327,17 @@ def test_steps_equal_torchs_adamw_with_decay():
         torch.testing.assert_close(ours[name], theirs[name])
 
 
+def test_lora_plus_gives_b_a_learning_rate_of_its_own():
+    start = {"x.lora_A": torch.ones(3), "x.lora_B": torch.ones(3), "bias": torch.ones(3)}
+    parameters = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
+    optimizer = AdamW(parameters, weight_decay=0.0, b_ratio=16.0)
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step(1e-3)  # AdamW's first step is the learning rate itself
+    moved = {name: float((start[name] - p).mean().detach()) for name, p in parameters.items()}
+    assert moved == pytest.approx({"x.lora_A": 1e-3, "x.lora_B": 16e-3, "bias": 1e-3}, rel=1e-3)
+
+
 def test_a_step_is_seen_by_what_is_cached_by_version():
     parameters = _parameters()
     before = [p._version for p in parameters.values()]

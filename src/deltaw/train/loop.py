@@ -57,7 +57,9 @@ class Job:
         num_steps = options.max_steps or max(1, round(options.epochs * steps_per_epoch))
         self.sampler = StepSampler(len(self.train_tokens), options.examples_per_step, options.seed, max_steps=num_steps)
         model = self.language_model.model
-        self.optimizer = AdamW(trainable_parameters(model), weight_decay=options.weight_decay)
+        self.optimizer = AdamW(
+            trainable_parameters(model), weight_decay=options.weight_decay, b_ratio=options.loraplus_lr_ratio
+        )
         self.rate_at: Callable[[int], float] = partial(
             learning_rate_at,
             peak=options.learning_rate,

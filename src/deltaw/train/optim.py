@@ -15,15 +15,22 @@ from torch import Tensor, nn
 
 
 class AdamW:
-    """torch's AdamW over masters, with its state as flat named tensors so that it can lie in a safetensors file."""
+    """torch's AdamW over masters, with its state as flat named tensors so that it can lie in a safetensors file.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float) -> None:
+    ``b_ratio``: the learning rate of B factors over that of all others (LoRA+, Hayou et al. 2024, arXiv:2402.12354,
+    §4: with one rate for both, features are not learnt efficiently in wide layers).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float, b_ratio: float = 1.0) -> None:
         self.parameters = dict(parameters)
         self._masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self.parameters.items()
         }
-        self._adamw = torch.optim.AdamW(self._masters.values(), lr=0.0, weight_decay=weight_decay, fused=True)
+        b = [master for name, master in self._masters.items() if is_b(name)] if b_ratio != 1 else []
+        rest = [master for name, master in self._masters.items() if b_ratio == 1 or not is_b(name)]
+        groups = [{"params": part, "ratio": ratio} for part, ratio in ((rest, 1.0), (b, b_ratio)) if part]
+        self._adamw = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -41,7 +48,7 @@ class AdamW:
     def step(self, learning_rate: float) -> None:
         """Update the weights and drop the gradients."""
         for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["ratio"]
         for name, p in self.parameters.items():
             master = self._masters[name]
             if master is not p:
@@ -97,4 +104,9 @@ def learning_rate_at(
 
 def unmoved(parameters: Sequence[tuple[str, Tensor]]) -> list[str]:
     """Names of the B factors that are still zero: after training, modules that learnt nothing."""
-    return [name for name, tensor in parameters if name.endswith("lora_B") and not tensor.any()]
+    return [name for name, tensor in parameters if is_b(name) and not tensor.any()]
+
+
+def is_b(name: str) -> bool:
+    """Whether a parameter is the B of a ΔW = s·B·A."""
+    return name.endswith("lora_B")

@@ -15,6 +15,11 @@ from ..errors import UserError
 
 Every = int | Literal["epoch"]
 
+ADAPTER_FLAGS = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora", "init_lora_weights", "bias"),
+}
+"""Fields that say something about an adapter, and nothing about full fine-tuning."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
@@ -25,17 +30,21 @@ class TrainOptions:
     """
 
     data: str = ""
-    """Training data: a file or a hub data set."""
+    """Training data: a file or a hub data set (owner/name, or owner/name:config)."""
+    data_split: str | None = None
+    """Split of a hub data set, or a part of one (train[:90%]); train where none is given."""
     model: str = "smollm2-135m"
     """Base model: smollm2-135m, a folder, a .gguf file or a hub id."""
     out: Path = Path("run")
     """Folder that the run is written to."""
     eval_data: str | None = None
     """Held-out data, for the loss before, during and after; the best adapter by it is the one kept."""
+    eval_split: str | None = None
+    """Split of held-out data from the hub; test where none is given."""
     data_format: Literal["auto", "chat", "prompt", "instruction", "text"] = "auto"
     """How to read the examples, where their keys don't say it."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    """Tokens that count: the assistant's turns (completions), or all."""
+    """Tokens that count: the assistant's turns (completions), or all, whatever weight a turn has."""
     max_length: int = 1024
     """Tokens of one example beyond which it is cut; cuts are counted and reported."""
 
@@ -52,7 +61,9 @@ class TrainOptions:
     use_rslora: bool = False
     """Scale by alpha/√r."""
     init_lora_weights: str = "true"
-    """Start of A and B: true (Kaiming, zero) or gaussian."""
+    """Start of A and B: true (Kaiming, zero), gaussian, orthogonal, pissa, pissa_niter_16, olora, eva or loftq."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: learning rate of B over that of A; 16 is its authors' choice."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases of the base that train along."""
     full: bool = False
@@ -120,6 +131,7 @@ class TrainOptions:
         expect("learning_rate", 0 < self.learning_rate < float("inf"), "a positive number")
         expect("epochs", 0 < self.epochs < float("inf"), "a positive number")
         expect("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1")
+        expect("loraplus_lr_ratio", 0 < self.loraplus_lr_ratio < float("inf"), "a positive number")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "preview"):
             expect(name, getattr(self, name) >= 0, "zero or more")
         for name in ("eval_every", "save_every"):
@@ -130,10 +142,24 @@ class TrainOptions:
         expect("early_stop_patience", patience is None or patience >= 1, "at least 1")
         if patience is not None and self.eval_data is None:
             raise UserError("--early-stop-patience needs --eval-data to judge by; give held-out data")
+        if self.eval_split is not None and self.eval_data is None:
+            raise UserError(f"--eval-split {self.eval_split}: of which data? Name them with --eval-data")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other; give one")
-        if not self.full:
+        if self.full:
+            self._check_no_adapter()
+        else:
             self.lora_config()
+
+    def _check_no_adapter(self) -> None:
+        """An adapter's flag beside --full would do nothing."""
+        given = [
+            f"--{f.name.replace('_', '-')}"
+            for f in dataclasses.fields(self)
+            if f.name in ADAPTER_FLAGS and getattr(self, f.name) != f.default
+        ]
+        if given:
+            raise UserError(f"--full trains every weight and has no adapter; leave out {', '.join(given)}, or --full")
 
     @property
     def examples_per_step(self) -> int:
