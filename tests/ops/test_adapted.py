@@ -15,7 +15,7 @@ def _rand(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def _segment(rows, rank, *, seed, dora=False, p=0.0, dtype=torch.float64):
+def _segment(rows, rank, *, seed, dora=False, p=0.0, start=False, dtype=torch.float64):
     scale = (_rand(N, seed=seed + 2, dtype=dtype).abs() + 0.5).requires_grad_() if dora else None
     return Segment(
         rows=slice(*rows),
@@ -24,6 +24,7 @@ def _segment(rows, rank, *, seed, dora=False, p=0.0, dtype=torch.float64):
         scaling=0.5 + seed,
         column_scale_N=scale,
         mask=DropoutKey(seed, 3).mask(p, "m", rows[0]) if p else None,
+        start=(_rand(2, K, seed=seed + 5, dtype=dtype), _rand(N, 2, seed=seed + 6, dtype=dtype)) if start else None,
     )
 
 
@@ -42,6 +43,8 @@ BATCHES = {
     "dora, lora, base, dropout": [
         dict(rows=(0, 3), rank=3, seed=1, dora=True, p=0.3), dict(rows=(3, 8), rank=2, seed=2, p=0.5)
     ],
+    "a start": [dict(rows=(1, T), rank=3, seed=1, start=True)],
+    "dora and dropout with a start": [dict(rows=(0, 6), rank=3, seed=1, dora=True, p=0.3, start=True)],
 }  # fmt: skip
 
 
@@ -83,6 +86,17 @@ def test_gradcheck(name):
         return adapted(x, weight, rebuilt, b)
 
     assert gradcheck(run, leaves)
+
+
+def test_a_column_scale_of_zero_has_its_gradient():
+    x, weight, segments, b, leaves = _case("dora", bias=True, transposed=False)
+    with torch.no_grad():
+        segments[0].column_scale_N[1] = 0
+    upstream = _rand(T, N, seed=77)
+    mine = torch.autograd.grad(adapted(x, weight, segments, b), leaves, upstream)
+    theirs = torch.autograd.grad(adapted_reference(x, weight, segments, b), leaves, upstream)
+    for a, t in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, t)
 
 
 def test_rows_outside_every_segment_are_the_base_to_the_bit():

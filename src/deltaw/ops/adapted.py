@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dropout import DropoutMask
+from .dropout import DropoutMask, kept, pack_bits, unpack_bits
 from .frozen import FrozenWeight
 
 
@@ -50,6 +50,8 @@ class Segment:
     """DoRA's c, one factor per output; differentiable."""
     mask: DropoutMask | None = None
     """Dropout of A's input for the rows of this segment."""
+    start: tuple[Tensor, Tensor] | None = None
+    """(A₀, B₀) of a start whose product isn't zero: s·B₀·A₀ is taken off again, without dropout. Never trained."""
 
 
 def adapted(x_TK: Tensor, weight: FrozenWeight, segments: Sequence[Segment], bias_N: Tensor | None = None) -> Tensor:
@@ -62,7 +64,12 @@ def adapted(x_TK: Tensor, weight: FrozenWeight, segments: Sequence[Segment], bia
         _check(segment, x_TK, weight)
     _check_overlaps(segments)
     factors = [t for s in segments for t in (s.a_RK, s.b_NR, s.column_scale_N)]
-    y_TN: Tensor = _Adapted.apply(x_TK, bias_N, weight, tuple(segments), *factors)  # type: ignore[no-untyped-call]
+    kind = x_TK.device.type
+    if torch.is_autocast_enabled(kind) and x_TK.dtype != torch.float64:
+        # Autocast knows nothing of the products inside: they are in x's dtype, so x is cast and autocast left.
+        x_TK = x_TK.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        y_TN: Tensor = _Adapted.apply(x_TK, bias_N, weight, tuple(segments), *factors)  # type: ignore[no-untyped-call]
     return y_TN
 
 
@@ -76,6 +83,9 @@ def adapted_reference(
         if s.mask is not None:
             x = x * s.mask.scale_for(x)
         y = y + s.scaling * (x @ s.a_RK.to(x.dtype).T) @ s.b_NR.to(x.dtype).T
+        if s.start is not None:
+            a0_RK, b0_NR = s.start
+            y = y - s.scaling * (x_TK[s.rows] @ a0_RK.to(x.dtype).T) @ b0_NR.to(x.dtype).T
         if s.column_scale_N is not None:
             y = y * s.column_scale_N.to(y.dtype)
         y_TN = torch.cat([y_TN[: s.rows.start], y, y_TN[s.rows.stop :]])
@@ -97,25 +107,36 @@ class _Adapted(torch.autograd.Function):
         saved: list[Tensor | None] = []
         for s in segments:
             x, y = x_TK[s.rows], y_TN[s.rows]
-            z_TR = (x if s.mask is None else s.mask.apply(x)) @ s.a_RK.to(x.dtype).T
-            y.addmm_(z_TR, s.b_NR.to(x.dtype).T, alpha=s.scaling)
+            mask = None if s.mask is None else s.mask.draw(*x.shape)
+            z_TR = (x if mask is None else kept(x, mask)) @ s.a_RK.to(x.dtype).T
+            if s.mask is not None:
+                z_TR.mul_(s.mask.scale)
+            b_NR = s.b_NR.to(x.dtype)
+            if s.start is None:
+                y.addmm_(z_TR, b_NR.T, alpha=s.scaling)
+            else:  # in one product, so that what cancels does so before it is rounded
+                a0_RK, b0_NR = (t.to(x.dtype) for t in s.start)
+                y.addmm_(torch.cat([z_TR, x @ a0_RK.T], 1), torch.cat([b_NR, -b0_NR], 1).T, alpha=s.scaling)
             unscaled = None
             if s.column_scale_N is not None:
-                unscaled = y.clone() if s.column_scale_N.requires_grad else None
+                if s.column_scale_N.requires_grad and not s.column_scale_N.all():
+                    unscaled = y.clone()  # what a scale of zero leaves can't be divided by it
                 y.mul_(s.column_scale_N.to(y.dtype))
-            saved += [z_TR, unscaled]
-        if is_scaled and bias_N is not None:
-            y_TN.add_(bias_N)  # the bias stands outside DoRA's scale
+            saved += [z_TR, unscaled, None if mask is None else pack_bits(mask)]
+        trains_scale = any(s.column_scale_N is not None and s.column_scale_N.requires_grad for s in segments)
+        scaled_TN = y_TN if trains_scale else None
+        if is_scaled and bias_N is not None:  # it stands outside DoRA's scale
+            y_TN = y_TN.add_(bias_N) if scaled_TN is None else y_TN + bias_N.to(y_TN.dtype)
         ctx.weight, ctx.segments = weight, segments
         # Factors are saved, not read off the segments: autograd then notices when one was changed in between.
-        ctx.save_for_backward(x_TK, *factors, *saved)
+        ctx.save_for_backward(x_TK, scaled_TN, *factors, *saved)
         return y_TN
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TN,) = grads
         segments: tuple[Segment, ...] = ctx.segments
-        x_TK, *tensors = ctx.saved_tensors
+        x_TK, scaled_TN, *tensors = ctx.saved_tensors
         factors, saved = tensors[: 3 * len(segments)], tensors[3 * len(segments) :]
         needs_x, needs_bias, *_ = ctx.needs_input_grad
         dy_TN = dy_TN.contiguous()
@@ -124,19 +145,30 @@ class _Adapted(torch.autograd.Function):
         factor_grads: list[Tensor | None] = []
         for i, s in enumerate(segments):
             a_RK, b_NR, c_N = factors[3 * i : 3 * i + 3]
-            z_TR, unscaled = saved[2 * i : 2 * i + 2]
+            z_TR, unscaled, bits = saved[3 * i : 3 * i + 3]
+            mask = None if bits is None else unpack_bits(bits, *x_TK[s.rows].shape)
             needs_a, needs_b, needs_c = ctx.needs_input_grad[4 + 3 * i : 7 + 3 * i]
             g = g_TN[s.rows]
             u_TR = (g @ b_NR.to(g.dtype)).mul_(s.scaling)
-            dx = None if dx_TK is None else dx_TK[s.rows]
+            x, dx = x_TK[s.rows], None if dx_TK is None else dx_TK[s.rows]
+            # The scale of dropout goes into u, after which dA and dx are those of the kept entries.
+            if s.mask is not None:
+                u_TR.mul_(s.mask.scale)
             factor_grads += [
-                _grad_a(u_TR, x_TK[s.rows], s.mask).to(a_RK.dtype) if needs_a else None,
+                (u_TR.T @ (x if mask is None else kept(x, mask))).to(a_RK.dtype) if needs_a else None,
                 (g.T @ z_TR).mul_(s.scaling).to(b_NR.dtype) if needs_b else None,
-                _column_sum(dy_TN[s.rows] * unscaled, c_N.dtype) if needs_c else None,
+                _grad_scale(dy_TN[s.rows], c_N, scaled_TN[s.rows], unscaled) if needs_c else None,
             ]
             if dx is not None:
                 a = a_RK.to(g.dtype)
-                dx.addmm_(u_TR, a) if s.mask is None else dx.add_(s.mask.apply(u_TR @ a))
+                if s.start is not None:
+                    a0_RK, b0_NR = (t.to(g.dtype) for t in s.start)
+                    u0_TR = (g @ b0_NR).mul_(-s.scaling)
+                    if mask is None:
+                        u_TR, a = torch.cat([u_TR, u0_TR], 1), torch.cat([a, a0_RK])
+                    else:
+                        dx.addmm_(u0_TR, a0_RK)
+                dx.addmm_(u_TR, a) if mask is None else dx.add_(kept(u_TR @ a, mask))
         return dx_TK, dy_TN.sum(0) if needs_bias else None, None, None, *factor_grads
 
 
@@ -145,6 +177,8 @@ def _scaled_gradient(dy_TN: Tensor, segments: tuple[Segment, ...], factors: list
     scales = factors[2::3]
     if all(c_N is None for c_N in scales):
         return dy_TN
+    if len(segments) == 1 and segments[0].rows == slice(0, dy_TN.shape[0]):
+        return dy_TN * scales[0].to(dy_TN.dtype)  # type: ignore[union-attr]
     g_TN = dy_TN.clone()
     for s, c_N in zip(segments, scales, strict=True):
         if c_N is not None:
@@ -152,12 +186,12 @@ def _scaled_gradient(dy_TN: Tensor, segments: tuple[Segment, ...], factors: list
     return g_TN
 
 
-def _grad_a(u_TR: Tensor, x_TK: Tensor, mask: DropoutMask | None) -> Tensor:
-    return u_TR.T @ (x_TK if mask is None else mask.apply(x_TK))
-
-
-def _column_sum(x_TN: Tensor, dtype: torch.dtype) -> Tensor:
-    return x_TN.sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+def _grad_scale(dy_TN: Tensor, c_N: Tensor, scaled_TN: Tensor, unscaled_TN: Tensor | None) -> Tensor:
+    """dc = Σ_t dy∘u of y = c∘u. The output stands in for u, which would be a second copy of it: u = y/c."""
+    dtype = torch.promote_types(c_N.dtype, torch.float32)
+    if unscaled_TN is not None:
+        return (dy_TN * unscaled_TN).sum(0, dtype=dtype).to(c_N.dtype)
+    return (dy_TN * scaled_TN).sum(0, dtype=dtype).div_(c_N).to(c_N.dtype)
 
 
 def _check(s: Segment, x_TK: Tensor, weight: FrozenWeight) -> None:
