@@ -144,6 +144,8 @@ def test_settings_of_the_newer_fields_are_checked(given):
 def test_json_goes_to_peft_and_back(name, tmp_path):
     given = {} if name is None else {name: HONOURED[name]}
     given |= {"layers_to_transform": [0]} if name == "layers_pattern" else {}
+    if name == "loftq_config":
+        pytest.importorskip("scipy", reason="PEFT takes no LoftQ config without scipy")
     if name in ("loftq_config", "eva_config"):
         given |= {"init_lora_weights": name.removesuffix("_config")}
     ours = deltaw.LoraConfig(**given)
@@ -151,6 +153,7 @@ def test_json_goes_to_peft_and_back(name, tmp_path):
     theirs = peft.LoraConfig.from_pretrained(tmp_path)
     for field in set(THEIRS) - {"runtime_config", "peft_version"}:
         mine, their = ours.to_dict()[field], getattr(theirs, field)
+        their = dataclasses.asdict(their) if dataclasses.is_dataclass(their) else their
         assert mine == their or set(mine) == set(their), field
     theirs.save_pretrained(tmp_path)
     back = deltaw.PeftConfig.from_pretrained(tmp_path)
@@ -224,7 +227,7 @@ def test_new_fields_that_are_off_and_missing_patterns_are_fine():
         (b"[1, 2]", "found list"),
         (b"null", "found NoneType"),
         (b'{"r": ' + b"9" * 5000 + b"}", "not readable as JSON"),
-        (b"[" * 100_000, "not readable as JSON"),
+        (b"[" * 100_000, "100,000 lists and objects"),
         (b'{"x": ' + b"[" * 900 + b"]" * 900 + b"}", "unknown field|not readable"),
         (b'{"auto_mapping": {"a": ' + b"[" * 500 + b"]" * 500 + b"}}", "auto_mapping"),
         (b" " * 20_000_000, "20,000,000 bytes are not an adapter config"),

@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -27,11 +27,17 @@ from .hub import resolve_file
 from .patterns import MAX_EXPRESSIONS, MAX_PATTERNS, Matcher, check_pattern, is_plain
 
 CONFIG_NAME = "adapter_config.json"
-MAX_CONFIG_BYTES = 16 * 2**20
+MAX_CONFIG_BYTES = 2 * 2**20
 """An ``adapter_config.json`` is a few kilobytes; one that is larger is not read at all."""
+
+MAX_LISTS = 10_000
+"""Lists and objects in such a file: a thousand times what PEFT writes, and soon made."""
 
 MAX_RANK = 65_536
 """No hidden size in use is larger; a rank beyond it is a damaged or hostile file."""
+
+MAX_LAYERS = 10_000
+"""Layer numbers in a config: more than the layers of any model."""
 
 
 class TaskType(StrEnum):
@@ -259,9 +265,11 @@ class LoraConfig(PeftConfig):
         expect("bias", self.bias in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'")
         layers = self.layers_to_transform
         ok = layers is None or is_whole(layers) or (isinstance(layers, list | tuple) and all(map(is_whole, layers)))
-        expect("layers_to_transform", ok, "a layer number or a list of them")
+        few = not isinstance(layers, list | tuple) or len(layers) <= MAX_LAYERS
+        expect("layers_to_transform", ok and few, f"a layer number or a list of at most {MAX_LAYERS:,}")
         pattern = self.layers_pattern
-        expect("layers_pattern", pattern is None or isinstance(pattern, str) or names(pattern), "a name or names")
+        few = pattern is None or isinstance(pattern, str) or (names(pattern) and len(pattern) <= MAX_EXPRESSIONS)
+        expect("layers_pattern", few, f"a name or at most {MAX_EXPRESSIONS:,} of them")
         for name, fits, wanted in (
             ("rank_pattern", lambda r: is_whole(r) and 0 < r <= MAX_RANK, f"names with ranks from 1 to {MAX_RANK:,}"),
             ("alpha_pattern", is_number, "names with finite alphas"),
@@ -317,7 +325,8 @@ class LoraConfig(PeftConfig):
             self.init_lora_weights = init.lower()
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform; add it, or leave layers_pattern out"
+                f"layers_pattern={short(self.layers_pattern)} needs layers_to_transform; add it, or leave "
+                "layers_pattern out"
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None and not self.is_strategy:
             raise UserError(
@@ -349,7 +358,7 @@ class LoraConfig(PeftConfig):
         """One of this config's expressions over a whole name, in bounded time (``patterns.Matcher``)."""
         return self._matcher.fullmatch(expression, module)
 
-    def pattern_key(self, patterns: Iterable[str], module: str) -> str | None:
+    def pattern_key(self, patterns: Collection[str], module: str) -> str | None:
         """The first key that names ``module``, as PEFT matches it: a whole name, a dotted suffix, or an expression."""
         return self._matcher.key_for(patterns, module)
 
@@ -406,11 +415,15 @@ def read_config(path: Path) -> LoraConfig:
     """Read one ``adapter_config.json``; ``UserError`` names the file and what is wrong with it."""
     try:
         size = path.stat().st_size
-        raw = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_CONFIG_BYTES else None
+        text = path.read_text(encoding="utf-8") if size <= MAX_CONFIG_BYTES else ""
+        num_lists = text.count("[") + text.count("{")
+        raw = json.loads(text) if size <= MAX_CONFIG_BYTES and num_lists <= MAX_LISTS else None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or endless digits
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if size > MAX_CONFIG_BYTES:
         raise UserError(f"{path}: {size:,} bytes are not an adapter config (at most {MAX_CONFIG_BYTES:,})")
+    if num_lists > MAX_LISTS:
+        raise UserError(f"{path}: {num_lists:,} lists and objects are not an adapter config (at most {MAX_LISTS:,})")
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object with PEFT's fields, found {type(raw).__name__}")
     try:
@@ -421,6 +434,7 @@ def read_config(path: Path) -> LoraConfig:
 
 def config_from_dict(raw: Mapping[str, Any]) -> LoraConfig:
     """A ``LoraConfig`` from ``adapter_config.json``'s content; fields that no version knows must be empty."""
+    LoraConfig(peft_type=raw.get("peft_type"))  # another method has unknown fields too, but its name says more
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     unknown = {key: value for key, value in raw.items() if key not in known}
     for key, value in unknown.items():

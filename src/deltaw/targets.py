@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from .config import LoraConfig, as_names
-from .errors import UserError
+from .errors import UserError, short
 from .patterns import tails_of
 
 _QUERY_VALUE = {"q_proj", "query", "q", "query_proj", "wq", "v_proj", "value", "v", "value_proj", "wv"}
@@ -30,16 +30,25 @@ _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
 def choose(
-    config: LoraConfig, modules: Collection[str], linear: Collection[str], *, head: str | None, strict: bool = True
+    config: LoraConfig,
+    modules: Collection[str],
+    linear: Collection[str],
+    *,
+    head: str | None,
+    parameters: Collection[str] = (),
+    strict: bool = True,
 ) -> list[str]:
     """Names of the modules to adapt, in the model's order.
 
-    ``modules`` are all module names, ``linear`` those of linear layers among them, ``head`` the output head's name.
+    ``modules`` are all module names, ``linear`` those of linear layers among them, ``head`` the output head's name,
+    ``parameters`` those of bare parameters that are adapted too: with them, no ``target_modules`` means no modules.
     Raises ``UserError`` naming every target that matches nothing, the closest real names first. ``strict=False`` is
     for configs that came with trained weights: other tools let names through that match nothing, and there it is the
     weights that say what was trained.
     """
-    if config.is_strategy or config.target_modules is None:
+    if parameters and not config.target_modules:
+        chosen = []
+    elif config.is_strategy or config.target_modules is None:
         strategy = "qv" if config.target_modules is None else str(config.target_modules).lower()
         chosen = _by_strategy(strategy, [name for name in linear if name != head])
         if not chosen:
@@ -49,7 +58,7 @@ def choose(
         chosen = [name for name in modules if name and config.match(expression, name)]
         if not chosen:
             raise UserError(
-                f"target_modules={expression!r} (a regular expression over whole names) matches no module; "
+                f"target_modules={short(expression)} (a regular expression over whole names) matches no module; "
                 f"{_listing(linear, like=expression)}"
             )
     else:
@@ -61,14 +70,15 @@ def choose(
     if strict and config.exclude_modules and not isinstance(config.exclude_modules, str):
         _check_all_match("exclude_modules", as_names(config.exclude_modules), modules, linear)
     kept = [name for name in chosen if not _is_excluded(config, name) and _is_in_layers(config, name)]
-    if not kept:
+    if not kept and (chosen or not parameters):
         raise UserError(
-            f"exclude_modules={as_names(config.exclude_modules)}, layers_to_transform={config.layers_to_transform} and "
-            f"modules_to_save={as_names(config.modules_to_save)} leave none of the {len(chosen)} modules chosen; "
-            "give at least one that stays"
+            f"exclude_modules={short(as_names(config.exclude_modules))}, "
+            f"layers_to_transform={short(config.layers_to_transform)} and "
+            f"modules_to_save={short(as_names(config.modules_to_save))} leave none of the {len(chosen)} modules "
+            "chosen; give at least one that stays"
         )
     if strict:
-        _check_patterns_match(config, kept)
+        _check_patterns_match(config, [*kept, *parameters])
         _check_layers_exist(config, chosen)
     return kept
 

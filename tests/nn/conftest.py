@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,7 +29,7 @@ class Twins:
         if which == "ours":
             own = {id(t): t for t in self.ours.parameters() if t.requires_grad}
             by_storage = {t.data_ptr(): t for t in own.values()}
-            return {k: by_storage[t.data_ptr()] for k, t in adapter_tensors(self.ours.base_model).items()}
+            return {k: by_storage[t.data_ptr()] for k, t in adapter_tensors(self.ours.get_base_model()).items()}
         named = ((n, p) for n, p in self.theirs.named_parameters() if p.requires_grad)
         return {re.sub(r"\.modules_to_save|\.default|(?<=vector)\.weight|(?<=vector\.default)\.weight", "", n): p
                 for n, p in named}  # fmt: skip
@@ -59,3 +60,28 @@ def twins(tiny: Callable[..., PreTrainedModel]) -> Callable[..., Twins]:
         return pair
 
     return make
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A tiny base in transformers' format, its tokenizer without a padding token."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path / "base"
+    tiny().save_pretrained(path)
+    words = {f"w{i}": i for i in range(97)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), eos_token="w2", unk_token="w0"
+    )
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def pickled(folder):
+    """The same base with its weights as a pickle, as older repositories have them."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder

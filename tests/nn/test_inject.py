@@ -281,3 +281,16 @@ def test_layers_answer_for_their_base(tiny):
     assert isinstance(model.get_input_embeddings(), type(embedding))
     assert "active=['default']" in repr(linear)
     assert isinstance(linear, nn.Module) and linear.adapter("default").rank == 8
+
+
+def test_switching_does_not_walk_through_the_model(tiny, ids, monkeypatch):
+    model = tiny()
+    for name in "ab":
+        inject(model, _config("llama", init_lora_weights=False, modules_to_save=["lm_head"]), name)
+    logits = model(ids).logits
+    monkeypatch.setattr(inject_module, "logical_modules", None)
+    activate(model, ["a"])
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad and "lora" in n} == {"a"}
+    assert not torch.equal(model(ids).logits, logits)
+    activate(model, ["b"])
+    assert torch.equal(model(ids).logits, logits)

@@ -1,33 +1,18 @@
 """Bases from folders, GGUF and nowhere: what loads is whole, and what doesn't says why."""
 
 import json
+import os
 import shutil
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 
 import deltaw
 from deltaw import load_base
 from deltaw.errors import UserError
-from deltaw.nn.load import base_bytes, base_info, cache_folder, skeleton
-
-
-@pytest.fixture
-def folder(tiny, tmp_path):
-    """A tiny base in transformers' format, its tokenizer without a padding token."""
-    path = tmp_path / "base"
-    tiny().save_pretrained(path)
-    words = {f"w{i}": i for i in range(97)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), eos_token="w2", unk_token="w0"
-    )
-    tokenizer.save_pretrained(path)
-    return path
+from deltaw.nn.load import base_bytes, base_info, cache_folder, load_tokenizer, skeleton
 
 
 def test_a_folder_goes_round(folder, tiny, ids):
@@ -73,18 +58,24 @@ def test_bad_options(folder, given, message):
         load_base(folder, **given)
 
 
-@pytest.mark.parametrize(
-    "name", ["nothing", "./no/where", "/no/where", "~nobody/x", "x" * 5000, "nul\0byte", "own/er/x", ""]
-)
-def test_a_model_that_is_not_there(name):
-    with pytest.raises(UserError):
-        load_base(name)
+def test_pickled_weights_are_read(pickled, tiny, ids):
+    (pickled / "training_args.bin").write_bytes(b"something else")
+    model, _ = load_base(pickled)
+    assert torch.equal(model(ids).logits, tiny()(ids).logits)
+    assert base_info(model).files == (pickled / "pytorch_model.bin",)
 
 
-def test_a_hub_id_without_a_network(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"nobody/nothing: no such folder.*check the name and the network"):
-        load_base("nobody/nothing")
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_a_pickle_that_would_run_something_is_refused(pickled, monkeypatch):
+    monkeypatch.chdir(pickled)
+    torch.save({"model.norm.weight": _Evil()}, pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match="can't be loaded as a language model"):
+        load_base(pickled)
+    assert not (pickled / "evil").exists()
 
 
 def _write(path, text):
@@ -189,6 +180,25 @@ def test_the_real_base(real_base):
     assert base_info(model).name == "smollm2-135m"
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert "<|im_start|>user\nHi<|im_end|>" in text
+
+
+def test_a_tokenizer_alone_needs_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    tokenizer, config = load_tokenizer(folder)
+    assert (tokenizer.pad_token, len(tokenizer), config.hidden_size) == ("w2", 97, 32)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="its tokenizer or config can't be loaded"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.real
+def test_a_gguf_files_tokenizer_is_read_without_converting_it(real_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    tokenizer, config = load_tokenizer("smollm2-135m")
+    assert not (tmp_path / "cache").exists()
+    assert tokenizer.get_vocab() == real_base[1].get_vocab()
+    assert tokenizer.chat_template == real_base[1].chat_template
+    assert config.max_position_embeddings == real_base[0].config.max_position_embeddings
 
 
 def test_a_skeleton_has_names_and_shapes_but_no_weights(folder, tiny):

@@ -15,14 +15,16 @@ trained the result is kept until A, B or W change: torch counts in-place changes
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..ops.frozen import FrozenWeight
 
-_ROWS_AT_A_TIME = 4096
-"""Rows of W that are cast to float32 together when ‖W_n‖² is taken."""
+_ENTRIES_AT_A_TIME = 2**24
+"""Entries of W that are cast to float32 together when ‖W_n‖² is taken: 64 MB, whether rows are short or as long as a
+vocabulary."""
 
 
 def row_norms_squared(weight: FrozenWeight) -> Tensor:
@@ -30,15 +32,17 @@ def row_norms_squared(weight: FrozenWeight) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # kept for later forwards, which may want gradients
         dense = weight.dequantize()
         dtype = torch.promote_types(dense.dtype, torch.float32)
-        return torch.cat([rows.to(dtype).square().sum(1) for rows in dense.split(_ROWS_AT_A_TIME)])
+        num_rows = max(1, _ENTRIES_AT_A_TIME // dense.shape[1])
+        return torch.cat([rows.to(dtype).square().sum(1) for rows in dense.split(num_rows)])
 
 
 def adapted_norm(weight: FrozenWeight, norms_squared_N: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
     """‖W_n + s·B_n·A‖ for every output row [N], in ``norms_squared_N``'s dtype, detached."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(a_RK.device.type, enabled=False):
         dtype = norms_squared_N.dtype
         a, b = a_RK.to(dtype), b_NR.to(dtype)
-        wa_NR = weight.multiply(a_RK.to(weight.dequantize().dtype)).T.to(dtype)
+        w_NK = weight.dequantize()  # not ``multiply``: 8-bit layers round what they are given
+        wa_NR = (w_NK @ a_RK.to(w_NK.dtype).T).to(dtype)
         cross = (b * wa_NR).sum(1)
         own = ((b @ (a @ a.T)) * b).sum(1)
         return (norms_squared_N + 2 * scaling * cross + scaling**2 * own).clamp_min(0).sqrt()
@@ -56,13 +60,23 @@ class NormCache:
         self._norm_of: tuple[_Seen, _Seen, float] | None = None
         self._base = self._norm = torch.empty(0)
 
-    def norm(self, weight: FrozenWeight, tensor_of_weight: Tensor, a_RK: Tensor, b_NR: Tensor, s: float) -> Tensor:
+    def norm(
+        self,
+        weight: FrozenWeight,
+        tensor_of_weight: Tensor,
+        a_RK: Tensor,
+        b_NR: Tensor,
+        s: float,
+        joined: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """The norm for W as it is in ``tensor_of_weight``; ``joined`` gives the factors that it is of, where these are
+        A and B with something frozen beside them."""
         if self._base_of is None or not self._base_of.is_still(tensor_of_weight):
             self._base, self._base_of = row_norms_squared(weight), _Seen(tensor_of_weight)
             self._norm_of = None
         of = self._norm_of
         if of is None or not (of[0].is_still(a_RK) and of[1].is_still(b_NR) and of[2] == s):
-            norm_N = adapted_norm(weight, self._base, a_RK, b_NR, s)
+            norm_N = adapted_norm(weight, self._base, *(joined() if joined else (a_RK, b_NR)), s)
             self._norm, self._norm_of = norm_N.masked_fill_(norm_N == 0, 1), (_Seen(a_RK), _Seen(b_NR), s)
         if a_RK.requires_grad or b_NR.requires_grad:
             self._norm_of = None

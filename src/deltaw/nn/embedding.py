@@ -1,18 +1,30 @@
-"""An embedding of the base with named adapters beside it: y = W[ids] + s·(A[:, ids])ᵀ·Bᵀ.
+"""An embedding of the base with named adapters beside it: y = c∘(W[ids] + s·(A[:, ids])ᵀ·Bᵀ).
 
 A lookup is a product with one-hot rows, so A [R, V] is looked up instead of multiplied; B [H, R] is an ordinary
 factor. LoRA on embeddings starts from A zero and B normal (PEFT's convention; either factor zero makes ΔW zero).
-DoRA and dropout are not defined for a lookup here: DoRA is refused when injected, and PEFT applies no dropout either.
+DoRA's c [H] scales outputs as in a linear layer with the weight Wᵀ, so its norms run over the vocabulary; without
+DoRA there is no c. As in any embedding, the padding token gets no gradient, so its column of A stays. There is no
+dropout, as in PEFT: a lookup has no inputs to drop.
 
 Shapes: V vocabulary, H hidden size, R rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.frozen import DenseWeight, FrozenWeight
 from .lowrank import Active, LowRank, Named, runs
+from .merged import merged_weight, twin
+
+
+def is_embedding(layer: nn.Module) -> bool:
+    """Whether a layer looks ids up in its weight and does no more than scale them (learned positions do, in OPT)."""
+    is_plain = type(layer).forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
+    return isinstance(layer, nn.Embedding) and is_plain
 
 
 class AdaptedEmbedding(nn.Module):
@@ -28,6 +40,11 @@ class AdaptedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         return self.base_layer.weight
+
+    @property
+    def storage(self) -> FrozenWeight:
+        """Wᵀ [H, V]: the weight of the linear layer that a lookup stands for."""
+        return DenseWeight(self.weight, transposed=True)
 
     @property
     def num_embeddings(self) -> int:
@@ -46,15 +63,33 @@ class AdaptedEmbedding(nn.Module):
         assert isinstance(adapter, LowRank)
         return adapter
 
+    def column_scale(self, name: str) -> Tensor | None:
+        """DoRA's c [H] for one adapter, differentiable in its magnitude; None for plain LoRA."""
+        adapter = self.adapter(name)
+        if adapter.lora_magnitude_vector is None:
+            return None
+        a_RV, b_HR = adapter.lora_A, adapter.lora_B
+        norm_H = adapter.norms.norm(self.storage, self.weight, a_RV, b_HR, adapter.scaling, adapter.joined)
+        return adapter.lora_magnitude_vector / norm_H
+
+    def merged_layer(self, base: nn.Module, names: Sequence[str]) -> nn.Module:
+        """A plain embedding that gives what ``base`` and these adapters do together; at least one must be here."""
+        adapters = [self.adapter(name) for name in names if name in self.adapters]
+        w_VH = base.weight
+        assert isinstance(w_VH, Tensor)
+        return twin(base, merged_weight(w_VH.T, adapters).T.contiguous())
+
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base_layer(ids)
         flat = y.reshape(-1, y.shape[-1])
-        parts = [(rows, self.adapter(name)) for rows, name in runs(self.active, flat.shape[0]) if name in self.adapters]
+        parts = [(rows, name) for rows, name in runs(self.active, flat.shape[0]) if name in self.adapters]
         if not parts:
             return y
         flat = flat.clone()
         scale = getattr(self.base_layer, "embed_scale", 1.0)  # Gemma 3 multiplies what it looks up; so does PEFT
-        for rows, adapter in parts:
-            z_TR = F.embedding(ids.reshape(-1)[rows], adapter.lora_A.T)
-            flat[rows] += (adapter.scaling * scale * (z_TR @ adapter.lora_B.T)).to(flat.dtype)
+        for rows, name in parts:
+            adapter, c_H = self.adapter(name), self.column_scale(name)
+            z_TR = F.embedding(ids.reshape(-1)[rows], adapter.lora_A.T, padding_idx=self.padding_idx)
+            sum_TH = flat[rows] + (adapter.scaling * scale * (z_TR @ adapter.lora_B.T)).to(flat.dtype)
+            flat[rows] = sum_TH if c_H is None else sum_TH * c_H.to(flat.dtype)
         return flat.view(y.shape)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..ops.dropout import DropoutKey, DropoutMask
 from ..ops.frozen import FrozenWeight
 from .batch import current_batch
 from .lowrank import Active, LowRank, Named, runs
+from .merged import dense_weight, merged_weight, with_weight
 from .storage import frozen_weight
 
 
@@ -60,8 +61,14 @@ class AdaptedLinear(nn.Module):
         adapter = self.adapter(name)
         if adapter.lora_magnitude_vector is None:
             return None
-        norm_N = adapter.norms.norm(self.storage, self.weight, adapter.lora_A, adapter.lora_B, adapter.scaling)
+        a_RK, b_NR = adapter.lora_A, adapter.lora_B
+        norm_N = adapter.norms.norm(self.storage, self.weight, a_RK, b_NR, adapter.scaling, adapter.joined)
         return adapter.lora_magnitude_vector / norm_N
+
+    def merged_layer(self, base: nn.Module, names: Sequence[str]) -> nn.Module:
+        """A plain layer that computes what ``base`` and these adapters do together; at least one must be here."""
+        adapters = [self.adapter(name) for name in names if name in self.adapters]
+        return with_weight(base, merged_weight(dense_weight(base), adapters))
 
     def forward(self, x: Tensor) -> Tensor:
         x_TK = x.reshape(-1, x.shape[-1])
@@ -82,6 +89,7 @@ class AdaptedLinear(nn.Module):
                     scaling=adapter.scaling,
                     column_scale_N=self.column_scale(name),
                     mask=self._mask(adapter.dropout, rows.start),
+                    start=adapter.start,
                 )
 
     def _mask(self, p: float, first_row: int) -> DropoutMask | None:

@@ -8,23 +8,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .batch import BASE, Batch, current_batch
 from .dora import NormCache
 
 
 class LowRank(nn.Module):
-    """A [R, K], B [N, R], DoRA's magnitude [N] where there is one, and the two numbers that go with them."""
+    """A [R, K], B [N, R], DoRA's magnitude [N] where there is one, and the two numbers that go with them.
+
+    A start whose product isn't zero brings frozen copies (A₀, B₀) of its factors: ΔW = s·(B·A − B₀·A₀) is zero at
+    step 0, and the shared base never changes.
+    """
 
     lora_magnitude_vector: nn.Parameter | None
+    start_A: Tensor | None
+    start_B: Tensor | None
 
     def __init__(
-        self, a_RK: Tensor, b_NR: Tensor, *, scaling: float, dropout: float = 0.0, magnitude_N: Tensor | None = None
+        self,
+        a_RK: Tensor,
+        b_NR: Tensor,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        magnitude_N: Tensor | None = None,
+        start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(a_RK)
         self.lora_B = nn.Parameter(b_NR)
         magnitude = None if magnitude_N is None else nn.Parameter(magnitude_N)
         self.register_parameter("lora_magnitude_vector", magnitude)
+        start_A, start_B = start or (None, None)
+        self.register_buffer("start_A", start_A)
+        self.register_buffer("start_B", start_B)
         self.scaling = scaling
         self.dropout = dropout
         self.norms = NormCache()
@@ -34,14 +51,28 @@ class LowRank(nn.Module):
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
+    @property
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """(A₀, B₀), or None where the start's product is zero."""
+        return None if self.start_A is None or self.start_B is None else (self.start_A, self.start_B)
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """(A, B) such that ΔW = s·B·A whatever the start: A above A₀, B beside −B₀, rank 2r, where there is one."""
+        if self.start is None:
+            return self.lora_A, self.lora_B
+        a0_RK, b0_NR = self.start
+        return torch.cat([self.lora_A, a0_RK]), torch.cat([self.lora_B, -b0_NR], dim=1)
+
     def delta(self) -> Tensor:
-        """s·B·A in float32 (float64 where the factors are), without DoRA's scale."""
+        """ΔW in float32 (float64 where the factors are), without DoRA's scale."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        a_RK, b_NR = self.joined()
+        return self.scaling * (b_NR.to(dtype) @ a_RK.to(dtype))
 
     def extra_repr(self) -> str:
         rank, width = self.lora_A.shape
         kind = ", dora" if self.lora_magnitude_vector is not None else ""
+        kind += ", less its start" if self.start is not None else ""
         return f"{width} → {rank} → {self.lora_B.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}{kind}"
 
 
@@ -74,12 +105,21 @@ class Active:
     """Which adapters a model uses now. One object per model, shared by all its layers: switching is one assignment."""
 
     names: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    """Adapters that stand in the weights themselves; either none, or just those that are active."""
 
 
 def runs(active: Active, num_rows: int) -> Iterator[tuple[slice, str]]:
     """(rows, adapter) of the forward that is going on: the batch's own word where it has one, else what is active."""
     facts: Batch | None = current_batch()
-    if facts is None or facts.adapters is None:
+    if active.merged:
+        _check_unmixed(facts, active.merged)
+    elif facts is None or facts.adapters is None:
         yield from ((slice(0, num_rows), name) for name in active.names)
     else:
         yield from ((rows, name) for rows, name in facts.runs(num_rows) if name != BASE)
+
+
+def _check_unmixed(facts: Batch | None, merged: tuple[str, ...]) -> None:
+    if facts is not None and facts.adapters is not None:
+        raise UserError(f"adapter_names: {', '.join(merged)} is merged into the weights of all rows; unmerge it first")

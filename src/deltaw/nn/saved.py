@@ -26,24 +26,25 @@ class SavedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight in use, for code that looks (tied embeddings, chunked losses)."""
-        return self._in_use().weight  # type: ignore[return-value]
+        return self.in_use().weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self._in_use(), "bias", None)
+        return getattr(self.in_use(), "bias", None)
 
     def fresh_copy(self) -> nn.Module:
         """A copy of the original for one adapter, cut loose from whatever the original is tied to."""
         return copy.deepcopy(self.base_layer)
 
-    def _in_use(self) -> nn.Module:
+    def in_use(self) -> nn.Module:
+        """The last active adapter's copy; the original where none has one."""
         name = next((name for name in reversed(self.active.names) if name in self.copies), None)
         return self.base_layer if name is None else self.copies[name]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         facts = current_batch()
         if facts is None or facts.adapters is None:
-            return self._in_use()(x, *args, **kwargs)
+            return self.in_use()(x, *args, **kwargs)
         parts = []
         for rows, name in facts.runs(x.shape[0]):
             module = self.copies[name] if name != BASE and name in self.copies else self.base_layer

@@ -11,18 +11,22 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.frozen import DenseWeight, FrozenWeight
+from . import bnb
 
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer computes x·Wᵀ + b in a storage that we know."""
     if isinstance(layer, NonDynamicallyQuantizableLinear):  # torch's own attention reads its weight and never calls it
         return False
-    return type(layer) in (nn.Linear, Conv1D) or (isinstance(layer, nn.Linear) and _forward_is(layer, nn.Linear))
+    is_dense = type(layer) in (nn.Linear, Conv1D) or (isinstance(layer, nn.Linear) and _forward_is(layer, nn.Linear))
+    return is_dense or bnb.is_quantized(layer)
 
 
 def frozen_weight(layer: nn.Module) -> FrozenWeight:
     """The layer's W [out, in] for the two frozen products; reads the live parameter, so ``.to(…)`` is seen."""
     assert is_linear(layer), type(layer)
+    if bnb.is_quantized(layer):
+        return bnb.BnbWeight(layer)
     return DenseWeight(layer.weight, transposed=isinstance(layer, Conv1D))  # type: ignore[arg-type]
 
 

@@ -55,10 +55,11 @@ class DenseWeight:
         return self.weight.shape[0 if self.transposed else 1]
 
     def multiply(self, x_TK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-        return F.linear(x_TK, self.dequantize(), bias_N)
+        bias_N = None if bias_N is None else bias_N.to(x_TK.dtype)
+        return F.linear(x_TK, self.dequantize().to(x_TK.dtype), bias_N)
 
     def multiply_transposed(self, dy_TN: Tensor) -> Tensor:
-        return dy_TN @ self.dequantize()
+        return dy_TN @ self.dequantize().to(dy_TN.dtype)
 
     def dequantize(self) -> Tensor:
         return self.weight.T if self.transposed else self.weight
