@@ -5,6 +5,11 @@
     base_model.model.{module}.lora_magnitude_vector     [out]        (DoRA)
     base_model.model.{module}.base_layer.bias           [out]        (trained biases; without base_layer elsewhere)
     base_model.model.{module}.{weight, bias …}                       (modules_to_save)
+    base_model.model.{module}.token_adapter.trainable_tokens_delta   [tokens, hidden]
+    base_model.model.{module}.lora_A.weight             [experts·r, in]     lora_B [out, r·experts]  (bare parameters)
+
+Of several bare parameters in one module, the last has these keys, the one before it {module}.base_layer.lora_A.weight,
+and so on inwards.
 
 What this project adds (hashes of base and data, versions) stands in the safetensors header, where every reader
 ignores what it doesn't know. Writing is atomic; reading maps the file and copies nothing that is only used.
@@ -16,26 +21,33 @@ it. The well-known silent failure, a mismatched prefix that serves the bare base
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import CONFIG_NAME, LoraConfig, read_config, resolve_file
+from ..config import CONFIG_NAME, MAX_CONFIG_BYTES, LoraConfig, read_config
 from ..errors import UserError
-from ..files import replace_files
+from ..files import left_over, replace_files
+from ..hub import resolve_file
 from ..nn.embedding import AdaptedEmbedding
+from ..nn.extras import Extras
 from ..nn.inject import (
     AdaptedLayer,
     adapted_layers,
     bias_parameters,
+    carriers,
+    find_extras,
     head_name,
     inject,
     linear_names,
@@ -44,24 +56,31 @@ from ..nn.inject import (
     state_of,
 )
 from ..nn.linear import AdaptedLinear
-from ..nn.load import base_info, first_line
+from ..nn.load import base_info
 from ..nn.lowrank import LowRank
+from ..nn.parameters import AdaptedParameters, ParameterShape
+from ..nn.starts import Site, start_for
 from ..nn.storage import frozen_weight, is_linear
+from ..nn.tokens import TokenLayer
 from ..targets import choose, saved_whole
+from .tensors import read_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
-"""What old versions of PEFT wrote; read with torch's weights-only unpickler, never written."""
-
-MAX_HEADER_BYTES = 64 * 2**20
-"""A header of this size would name half a million tensors."""
+"""What old versions of PEFT wrote; read as data only, never written."""
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?")
 _DOUBLES = (".original_module.bias", ".modules_to_save.bias")
 """With ``bias="all"`` PEFT writes the bias of a module that is saved whole twice more, by the names of its wrapper."""
 
+_ROWS = "token_adapter.trainable_tokens_delta"
+_TAKEN_OFF = ("pissa", "olora", "loftq")
+"""Starts that PEFT takes off the base's weight (or, LoftQ, changes it by): such files go with the changed base."""
+
 _OWN_KEY = "deltaw"
+MAX_NOTE_CHARS = 10_000
+"""Under that key stand a few names, hashes and versions."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,8 @@ class Provenance:
     base_name: str | None = None
     base_sha256: str | None = None
     data_sha256: str | None = None
+    config_sha256: str | None = None
+    """The config that was saved with these weights."""
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -107,16 +128,25 @@ class Receipt:
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's keys, as they are in memory."""
+    """The adapter's tensors under PEFT's keys, as they are in memory; factors and their start joined to rank 2r."""
     out: dict[str, Tensor] = {}
     for target, layer in adapted_layers(model):
         if name in layer.adapters:
             adapter = layer.adapter(name)
-            kind, end = ("lora_embedding_", "") if isinstance(layer, AdaptedEmbedding) else ("lora_", ".weight")
-            out[f"{_PREFIX}{target}.{kind}A{end}"] = adapter.lora_A.detach()
-            out[f"{_PREFIX}{target}.{kind}B{end}"] = adapter.lora_B.detach()
+            key_a, key_b, key_m = _factor_keys(target, layer)
+            out[key_a], out[key_b] = (factor.detach() for factor in adapter.joined())
             if adapter.lora_magnitude_vector is not None:
-                out[f"{_PREFIX}{target}.lora_magnitude_vector"] = adapter.lora_magnitude_vector.detach()
+                out[key_m] = adapter.lora_magnitude_vector.detach()
+    for target, carrier in carriers(model):
+        if isinstance(carrier, TokenLayer) and name in carrier.adapters:
+            rows = carrier.adapter(name)
+            if rows.target.modules[0] == target:  # tied modules use the same rows
+                out[f"{_PREFIX}{target}.{_ROWS}"] = rows.trainable_tokens_delta.detach()
+        elif isinstance(carrier, AdaptedParameters) and name in carrier.adapters:
+            own = dict(carrier.factors(name))
+            for parameter, path in _parameter_paths(target, list(own)).items():
+                out[f"{_PREFIX}{path}.lora_A.weight"] = own[parameter].lora_A.detach()
+                out[f"{_PREFIX}{path}.lora_B.weight"] = own[parameter].lora_B.detach()
     for target, module in saved_modules(model):
         if name in module.copies:
             out |= {f"{_PREFIX}{target}.{k}": v.detach() for k, v in module.copies[name].state_dict().items()}
@@ -127,6 +157,41 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
             owner = bias.removesuffix(".bias")
             out[f"{_PREFIX}{owner}.base_layer.bias" if owner in adapted else f"{_PREFIX}{bias}"] = value
     return out
+
+
+def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str = "default") -> None:
+    """The inverse of ``adapter_tensors``, bit for bit, into an adapter that is set up as the one they came from.
+
+    Raises ``UserError``, with the model as it was, for other keys or shapes than the adapter has.
+    """
+    mine = adapter_tensors(model, name)
+    strange = sorted(mine.keys() ^ tensors.keys()) or [k for k, t in mine.items() if t.shape != tensors[k].shape]
+    if strange:
+        raise UserError(f"{strange[0]}: not the tensor that adapter {name!r} has there; give such an adapter's")
+    with torch.no_grad():
+        for target, layer in adapted_layers(model):
+            if name in layer.adapters and (start := layer.adapter(name).start) is not None:
+                adapter = layer.adapter(name)
+                key_a, key_b, _ = _factor_keys(target, layer)
+                for part, given in zip((adapter.lora_A, start[0]), tensors[key_a].chunk(2), strict=True):
+                    part.copy_(given)
+                for part, given in zip((adapter.lora_B, start[1]), tensors[key_b].chunk(2, dim=1), strict=True):
+                    part.copy_(given if part is adapter.lora_B else -given)
+                del mine[key_a], mine[key_b]
+        for key, tensor in mine.items():
+            tensor.copy_(tensors[key])
+
+
+def _factor_keys(target: str, layer: AdaptedLayer) -> tuple[str, str, str]:
+    """Keys of A, B and the magnitude of one layer."""
+    kind, end = ("lora_embedding_", "") if isinstance(layer, AdaptedEmbedding) else ("lora_", ".weight")
+    own = f"{_PREFIX}{target}."
+    return f"{own}{kind}A{end}", f"{own}{kind}B{end}", f"{own}lora_magnitude_vector"
+
+
+def _parameter_paths(module: str, parameters: Sequence[str]) -> dict[str, str]:
+    """Where the factors of a module's bare parameters stand in the file."""
+    return {p: module + depth * ".base_layer" for depth, p in enumerate(reversed(parameters))}
 
 
 def save_adapter(
@@ -147,14 +212,15 @@ def save_adapter(
     # Contiguous copies: safetensors refuses tensors that share memory or are views.
     tensors = {k: v.to("cpu", copy=True).contiguous() for k, v in adapter_tensors(model, name).items()}
     info = base_info(model)
+    config = _as_peft_wants(model, _joined(model, name)).to_json()
     provenance = Provenance(
         base_name=None if info is None else info.name,
         base_sha256=None if info is None else info.sha256,
         data_sha256=data_sha256,
+        config_sha256=hashlib.sha256(config.encode()).hexdigest(),
         versions=_versions(),
     )
     metadata = {"format": "pt", _OWN_KEY: json.dumps(dataclasses.asdict(provenance))}
-    config = _as_peft_wants(model, state.configs[name]).to_json()
     writers: dict[str, Callable[[Path], object]] = {
         WEIGHTS_NAME: lambda scratch: save_file(tensors, scratch, metadata=metadata),
         CONFIG_NAME: lambda scratch: scratch.write_text(config, encoding="utf-8"),
@@ -171,7 +237,9 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     config_path = resolve_file(folder, CONFIG_NAME)
     config = read_config(config_path)
     path = _weights_file(folder)
-    tensors, metadata = _read_safetensors(path) if path.name == WEIGHTS_NAME else (_read_pickled(path), {})
+    tensors, texts = read_tensors(path)
+    provenance = _provenance(texts)
+    _check_one_save(path, config_path, provenance)
     strange = [key for key in tensors if not key.startswith(_PREFIX)]
     if strange:
         raise UserError(f"{path}: keys must start with {_PREFIX!r}; found {', '.join(strange[:3])}")
@@ -189,7 +257,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         if name in place:
             raise UserError(f"{path}: {key} stands for the same tensor as another key; get a sound copy")
         place[name] = tensor
-    return StoredAdapter(config_path.parent, config, factors, others, _provenance(metadata), path.stat().st_size)
+    return StoredAdapter(config_path.parent, config, factors, others, provenance, path.stat().st_size)
 
 
 def load_adapter(
@@ -210,8 +278,11 @@ def load_adapter(
     if not allow_other_base:
         _check_base(model, stored)
     modules = dict(logical_modules(model))
-    chosen = _match(model, stored, modules)
-    extra, ignored = _match_others(stored, modules, chosen)
+    with _about(stored.path):
+        extras = find_extras(model, stored.config)
+        stored, trained = _match_extras(stored, extras, modules, copy=trainable)
+        chosen = _match(model, stored, modules, extras.parameter_names)
+        extra, ignored = _match_others(stored, modules, chosen)
 
     def make(layer: AdaptedLayer) -> LowRank:
         parts = stored.factors[layer.name]
@@ -219,13 +290,43 @@ def load_adapter(
         a, b, m = (_placed(parts.get(k), on, copy=trainable) for k in ("lora_A", "lora_B", "lora_magnitude_vector"))
         assert a is not None and b is not None
         scaling, dropout = stored.config.scaling_of(layer.name), float(stored.config.lora_dropout)
-        return LowRank(a, b, scaling=scaling, dropout=dropout, magnitude_N=m)
+        start = _start_of_file(stored, layer)
+        return LowRank(a, b, scaling=scaling, dropout=dropout, magnitude_N=m, start=start)
 
-    inject(model, stored.config, name, make=make, chosen=chosen, trainable=trainable)
+    inject(model, stored.config, name, make=make, chosen=chosen, trained=trained, trainable=trainable)
     _apply_others(model, name, extra)
-    tensors = [t for parts in stored.factors.values() for t in parts.values()] + list(extra.values())
+    tensors = [t for parts in stored.factors.values() for t in parts.values()]
+    tensors += [*trained.values(), *extra.values()]
     dtype = tensors[0].dtype if tensors else torch.float32
-    return Receipt(name, tuple(chosen), sum(t.numel() for t in tensors), dtype, tuple(ignored))
+    changed = (*chosen, *extras.module_names)
+    return Receipt(name, changed, sum(t.numel() for t in tensors), dtype, tuple(ignored))
+
+
+def _start_of_file(stored: StoredAdapter, layer: AdaptedLayer) -> tuple[Tensor, Tensor] | None:
+    """(A₀, B₀) for a file that PEFT wrote without converting it: its A and B go with a base that lacks their start.
+
+    PEFT finds the start again from the base's own weight, as is done here. Raises ``UserError`` where that can't be.
+    """
+    start = stored.config.init_lora_weights
+    if not isinstance(start, str) or not start.startswith(_TAKEN_OFF) or isinstance(layer, AdaptedEmbedding):
+        return None
+    if start not in ("pissa", "olora"):
+        raise UserError(
+            f"{stored.path}: init_lora_weights={start!r} changed its base, and how can't be found again; save it once "
+            "more from PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )
+    rank, scaling = stored.config.rank_of(layer.name), stored.config.scaling_of(layer.name)
+    made = start_for(stored.config)(Site(name=layer.name, weight=layer.storage, rank=rank, scaling=scaling))
+    return made.a_RK.to(layer.weight.device), made.b_NR.to(layer.weight.device)
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """What doesn't fit in here is this adapter's fault: the message begins with its folder."""
+    try:
+        yield
+    except UserError as error:
+        raise (error if str(error).startswith(str(path)) else UserError(f"{path}: {error}")) from None
 
 
 def _weights_file(folder: str | Path) -> Path:
@@ -239,34 +340,40 @@ def _weights_file(folder: str | Path) -> Path:
         raise
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """``adapter_model.bin``, as data only: a pickle that would run code is refused by torch."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler raises whatever a damaged byte leads it to
-        raise UserError(f"{path}: not readable as tensors only: {first_line(error)}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{path}: expected a dict of tensors, found {type(tensors).__name__}")
-    return {str(key): tensor for key, tensor in tensors.items()}
+def _match_extras(
+    stored: StoredAdapter, extras: Extras, modules: dict[str, nn.Module], *, copy: bool
+) -> tuple[StoredAdapter, dict[str, Tensor]]:
+    """(what is left of the adapter, values for single rows and bare parameters as ``Extras.make`` takes them)."""
+    factors, others = dict(stored.factors), dict(stored.others)
+    found: list[tuple[str, Tensor | None, tuple[int, ...], torch.device]] = []
+    strange: list[str] = []
+    for module, parameters in extras.parameters.items():
+        base = getattr(modules[module], "base_layer", modules[module])
+        for parameter, path in _parameter_paths(module, parameters).items():
+            name, parts, on = f"{module}.{parameter}", factors.pop(path, {}), base.get_parameter(parameter).device
+            shape_a, shape_b = ParameterShape(base, parameter).of_factors(stored.config.rank_of(name))
+            found.append((f"{name}.lora_A", parts.get("lora_A"), shape_a, on))
+            found.append((f"{name}.lora_B", parts.get("lora_B"), shape_b, on))
+            strange += [f"{name}.{part} not expected" for part in parts if part not in ("lora_A", "lora_B")]
+    for target in extras.tokens:
+        owner = target.modules[0]
+        weight = getattr(modules[owner], "base_layer", modules[owner]).get_parameter("weight")
+        shape = (len(target.indices), weight.shape[1])
+        found.append((owner, others.pop(f"{owner}.{_ROWS}", None), shape, weight.device))
+    problems = strange + [
+        f"{name} missing" if tensor is None else f"{name} is {tuple(tensor.shape)} {tensor.dtype}, needed is {shape}"
+        for name, tensor, shape, _ in found
+        if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point()
+    ]
+    if problems:
+        raise UserError(f"{stored.path}: does not fit this base: {'; '.join(problems[:4])}. Check the base model")
+    trained = {name: tensor.to(on, copy=copy) for name, tensor, _, on in found if tensor is not None}
+    return dataclasses.replace(stored, factors=factors, others=others), trained
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error})") from None
-    if length > min(MAX_HEADER_BYTES, size):
-        raise UserError(f"{path}: not a safetensors file (its header claims {length:,} bytes); get a complete copy")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); get a complete copy") from None
-
-
-def _match(model: nn.Module, stored: StoredAdapter, modules: dict[str, nn.Module]) -> list[str]:
+def _match(
+    model: nn.Module, stored: StoredAdapter, modules: dict[str, nn.Module], parameters: Sequence[str]
+) -> list[str]:
     """Modules of the model that the adapter's factors belong to; every mismatch in one error."""
     problems: list[str] = []
     for name, parts in stored.factors.items():
@@ -282,9 +389,11 @@ def _match(model: nn.Module, stored: StoredAdapter, modules: dict[str, nn.Module
             problems += _misfits(name, parts, module, stored.config.rank_of(name))
     expected: list[str] = []
     if not problems:  # names are only worth comparing when the modules exist
-        expected = choose(stored.config, list(modules), linear_names(model), head=head_name(model), strict=False)
+        linear, head = linear_names(model), head_name(model)
+        expected = choose(stored.config, list(modules), linear, head=head, parameters=parameters, strict=False)
         problems += [f"{name}: named by the config, without weights" for name in expected if name not in stored.factors]
-        problems += [f"{name}: weights, but not named by the config" for name in stored.factors if name not in expected]
+        unnamed = sorted(stored.factors.keys() - expected)
+        problems += [f"{name}: weights, but not named by the config" for name in unnamed]
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise UserError(f"{stored.path}: does not fit this base: {'; '.join(problems[:4])}{more}. Check the base model")
@@ -342,13 +451,14 @@ def _match_others(
 
 def _apply_others(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
     biases = state_of(model).biases.get(name)
+    saved = [(owner, module) for owner, module in saved_modules(model) if name in module.copies]
     with torch.no_grad():
         for target, tensor in tensors.items():
             if biases is not None and target in biases.parameters:
                 biases.parameters[target].copy_(tensor)
                 continue
-            for owner, module in saved_modules(model):
-                if target.startswith(f"{owner}.") and name in module.copies:
+            for owner, module in saved:
+                if target.startswith(f"{owner}."):
                     module.copies[name].state_dict()[target.removeprefix(f"{owner}.")].copy_(tensor)
 
 
@@ -361,16 +471,57 @@ def _check_base(model: nn.Module, stored: StoredAdapter) -> None:
         )
 
 
-def _provenance(metadata: Mapping[str, str]) -> Provenance:
+def _check_one_save(path: Path, config_path: Path, came: Provenance) -> None:
+    """``UserError`` where a save was cut off between its two renames: the weights' own config still waits beside.
+
+    A config that merely differs was edited since, and may be.
+    """
+
+    def is_own(file: Path) -> bool:
+        return hashlib.sha256(file.read_bytes()).hexdigest() == came.config_sha256
+
+    if came.config_sha256 is not None and not is_own(config_path):
+        for other in left_over(config_path):
+            if other.stat().st_size <= MAX_CONFIG_BYTES and is_own(other):
+                raise UserError(
+                    f"{path}: its config is {other.name}, whose save was cut off before it became {CONFIG_NAME}; "
+                    "rename it so, or save the adapter again"
+                )
+
+
+def _provenance(texts: Mapping[str, str]) -> Provenance:
     """Our own note in the header; a note that isn't ours, or damaged, is no note."""
+    note = texts.get(_OWN_KEY, "")
     try:
-        raw: Any = json.loads(metadata.get(_OWN_KEY, "{}"))
+        raw: Any = json.loads(note) if len(note) <= MAX_NOTE_CHARS else {}
         known = {f.name for f in dataclasses.fields(Provenance)}
         given = {k: v for k, v in raw.items() if k in known}
-        hashes = [given.get(name) for name in ("base_name", "base_sha256", "data_sha256")]
-        return Provenance(**given) if all(isinstance(text, str | None) for text in hashes) else Provenance()
+        versions = given.pop("versions", {})
+        are_texts = all(isinstance(text, str | None) for text in [*given.values(), *versions.values()])
+        return Provenance(**given, versions=versions) if are_texts else Provenance()
     except (json.JSONDecodeError, AttributeError, TypeError, RecursionError):
         return Provenance()
+
+
+def _joined(model: nn.Module, name: str) -> LoraConfig:
+    """The config that means ``adapter_tensors``: rank 2r at the same scaling where factors stand beside their start."""
+    config = state_of(model).configs[name]
+    # No start has anything to say once training has begun, and PEFT's would change the base while loading.
+    config = dataclasses.replace(config, init_lora_weights=True, loftq_config={}, eva_config=None)
+    layers = {target: layer.adapter(name) for target, layer in adapted_layers(model) if name in layer.adapters}
+    if all(adapter.start is None for adapter in layers.values()):
+        return config
+    more: float = math.sqrt(2) if config.use_rslora else 2
+    plain = [target for target, adapter in layers.items() if adapter.start is None]  # embeddings
+    return dataclasses.replace(
+        config,
+        r=2 * config.r,
+        lora_alpha=more * config.lora_alpha,
+        rank_pattern={target: config.rank_of(target) for target in plain}
+        | {key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={target: config.alpha_of(target) for target in plain}
+        | {key: more * alpha for key, alpha in config.alpha_pattern.items()},
+    )
 
 
 def _as_peft_wants(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -385,6 +536,7 @@ _PEFT_VERSION = "0.21.2"
 """The version of PEFT whose format is written here."""
 
 
+@cache  # finding them takes longer than writing a small adapter
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
