@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from deltaw.data.render import Tokens
+from deltaw.train.events import Event, Stepped
 from deltaw.train.options import TrainOptions
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "north", "south", "tea", "milk", "bread", "salt", "ship"]
@@ -48,6 +49,8 @@ def options(tiny_base: Path, tmp_path: Path, write: Callable[..., str]) -> Calla
             data=data, eval_data=held_out, model=str(tiny_base), out=tmp_path / "run", dtype="float32", epochs=2,
             batch_size=4, r=4, learning_rate=1e-2, warmup_steps=1, max_length=64, micro_batch_tokens=100,
         )  # fmt: skip
+        if given.get("full"):
+            del usual["r"]
         return TrainOptions(**usual | given)
 
     return make
@@ -88,3 +91,40 @@ def _events() -> Callable[..., list[dict[str, Any]]]:
 @pytest.fixture(name="chats")
 def _chats() -> Callable[..., list[dict[str, Any]]]:
     return chats
+
+
+class Stop:
+    """Watches a run, and asks it to stop after so many steps."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.steps = after, 0
+
+    def __call__(self, event: Event) -> None:
+        self.steps += isinstance(event, Stepped)
+
+    def __bool__(self) -> bool:
+        return self.steps >= self.after
+
+
+@pytest.fixture
+def run_until() -> Callable[[TrainOptions, int], dict[str, Any]]:
+    """``run_until(options, 2)``: a run that is interrupted after two steps; its summary."""
+    from deltaw.train.run import run_training
+
+    def do(options: TrainOptions, step: int) -> dict[str, Any]:
+        stop = Stop(step)
+        return run_training(options, [stop], stop.__bool__)
+
+    return do
+
+
+@pytest.fixture
+def listing() -> Callable[[Path], dict[Path, bytes]]:
+    """``listing(out)``: all files of a folder, by name."""
+    return lambda out: {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def checkpoints_of() -> Callable[[Path], list[str]]:
+    """``checkpoints_of(out)``: names of a run's checkpoints."""
+    return lambda out: sorted(p.name for p in (out / "checkpoints").iterdir())

@@ -11,7 +11,7 @@ from deltaw.config import LoraConfig
 from deltaw.nn.inject import adapted_layers, inject
 from deltaw.ops.dropout import DropoutKey
 from deltaw.train.evaluate import mean_loss
-from deltaw.train.forward import LanguageModel, evaluation_mode, examine, training_mode
+from deltaw.train.forward import evaluation_mode, examine, training_mode
 
 SIZES = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -79,45 +79,10 @@ def test_an_adapted_or_trained_head_takes_the_general_way(tiny, examples):
     assert not examine(whole).has_plain_head  # every weight trains, the head too
 
 
-def test_packing_and_the_fallback_give_the_same_loss_and_gradients(tiny, architecture, examples):
-    model = _adapted(tiny(architecture), lora_dropout=0.3)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    found = []
-    for packs in (True, False):
-        language_model = LanguageModel(model=model, packs=packs, has_plain_head=packs)
-        with training_mode(language_model, checkpointing=False):
-            loss = sum(
-                language_model.loss(packed, DropoutKey(3, 4, packed.row_offset))
-                for packed in language_model.pack(examples(5), 1000)
-            )
-        found.append((loss.detach(), *torch.autograd.grad(loss, parameters)))
-    for packed, alone in zip(*found, strict=True):
-        torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
-
-
 def test_absolute_positions_restart_with_each_example(tiny, examples):
     model = examine(tiny("gpt2"))
     twice = [examples(1, shortest=12)[0]] * 2
     assert _summed(model, twice, 1000) == pytest.approx(2 * _summed(model, twice[:1], 1000), rel=1e-6)
-
-
-def test_what_stands_before_an_example_moves_no_bit_of_its_gradient(tiny, architecture, examples):
-    # The first example has no targets: whatever it is, the loss and the gradient are the second's.
-    model = _adapted(tiny(architecture))
-    language_model = examine(model)
-    first, second = examples(2, shortest=12)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradients(other):
-        (packed,) = language_model.pack([other, second], 1000)
-        return torch.autograd.grad(language_model.loss(packed), parameters)
-
-    silent = [
-        type(first)(input_ids=ids, supervised=[False] * len(ids), origin="x")
-        for ids in (first.input_ids, first.input_ids[::-1])
-    ]
-    for one, other in zip(*map(gradients, silent), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
 
 
 def test_gradient_checkpointing_gives_the_same_numbers(tiny, architecture, examples):

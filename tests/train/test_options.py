@@ -1,11 +1,13 @@
 """The flags of training: their checks, and the adapter they ask for."""
 
+import dataclasses
 import json
 
 import pytest
 
+from deltaw.config import LoraConfig
 from deltaw.errors import UserError
-from deltaw.train.options import TrainOptions
+from deltaw.train.options import ADAPTER_FLAGS, TrainOptions
 
 
 def test_defaults_are_those_that_train_well():
@@ -35,8 +37,18 @@ def test_bad_values_are_named_with_what_was_expected(bad):
 def test_what_makes_no_adapter_is_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         TrainOptions(**bad)
-    if "bias" not in bad:
-        TrainOptions(full=True, **bad)  # has no adapter
+
+
+def test_full_fine_tuning_has_no_adapter_to_be_set():
+    with pytest.raises(UserError, match=r"--full trains every weight.* leave out --r, --use-dora, or --full"):
+        TrainOptions(full=True, r=8, use_dora=True, learning_rate=1e-5)
+    assert TrainOptions(full=True, r=16).full  # what it is without the flag
+
+
+def test_every_flag_of_an_adapter_is_known_to_be_one():
+    # A new one must be put on the list, or --full would ignore it.
+    fields = {f.name for f in dataclasses.fields(LoraConfig)} & {f.name for f in dataclasses.fields(TrainOptions)}
+    assert fields | {"loraplus_lr_ratio"} == ADAPTER_FLAGS
 
 
 def test_options_that_exclude_each_other():
@@ -44,6 +56,8 @@ def test_options_that_exclude_each_other():
         TrainOptions(resume=True, overwrite=True)
     with pytest.raises(UserError, match="--early-stop-patience needs --eval-data"):
         TrainOptions(early_stop_patience=2)
+    with pytest.raises(UserError, match="--eval-split test: of which data"):
+        TrainOptions(eval_split="test")
 
 
 @pytest.mark.parametrize(

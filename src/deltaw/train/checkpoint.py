@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..adapters.peft_format import WEIGHTS_NAME, adapter_tensors, save_adapter
+from ..adapters.peft_format import WEIGHTS_NAME, save_adapter, set_adapter_tensors
+from ..config import LoraConfig, config_from_dict
 from ..errors import UserError
 from ..files import new_folder
 from ..nn.inject import state_of
@@ -54,6 +55,9 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evals_since_best: int = 0
+    loss_scale: float = 1.0
+    """Of the next step; other than 1 over a float16 base only (``scaling``)."""
+    steps_at_loss_scale: int = 0
 
     def count(self, *, examples: int, tokens: int, supervised: int, seconds: float, is_skipped: bool) -> None:
         """One more step."""
@@ -98,6 +102,7 @@ def save_checkpoint(
             save_file({n: p.detach().clone() for n, p in optimizer.parameters.items()}, scratch / _FULL)
         save_file({k: v.contiguous() for k, v in optimizer.state().items()}, scratch / _OPTIMIZER)
         state = {"progress": asdict(progress), "options": options, "sha256": dict(hashes)}
+        state |= {"adapters": {name: config.to_dict() for name, config in state_of(model).configs.items()}}
         (scratch / _STATE).write_text(json.dumps(state, indent=2))
     for old in _all(run)[:-KEEP]:
         if old != _folder(run, progress.best_step):
@@ -126,18 +131,34 @@ def load_weights(path: Path, model: nn.Module, optimizer: AdamW | None = None) -
     """Put a checkpoint's weights (and optimiser state) into a model that is set up as the one that was saved."""
     try:
         if state_of(model).configs:
-            stored, mine = load_file(path / WEIGHTS_NAME), adapter_tensors(model)
+            set_adapter_tensors(model, load_file(path / WEIGHTS_NAME))
         else:
-            stored = load_file(path / _FULL)
-            mine = {n: p.detach() for n, p in model.named_parameters() if n in stored}
-        if stored.keys() != mine.keys():
-            raise UserError(f"{path}: holds other tensors than this run trains; start again with --overwrite")
-        with torch.no_grad():
-            for key, tensor in mine.items():
-                tensor.copy_(stored[key])
+            _set_parameters(model, load_file(path / _FULL))
         if optimizer is not None:
             optimizer.load_state(load_file(path / _OPTIMIZER))
+    except UserError as error:
+        raise UserError(f"{path}: holds other tensors than this run trains ({error}); use --overwrite") from None
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:  # RuntimeError: a tensor of another shape
+        raise _damaged(path, error) from None
+
+
+def _set_parameters(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
+    mine = {n: p for n, p in model.named_parameters() if n in stored}
+    if stored.keys() != mine.keys():
+        raise UserError(f"no parameter {min(stored.keys() - mine.keys())}")
+    with torch.no_grad():
+        for key, parameter in mine.items():
+            parameter.copy_(stored[key])
+
+
+def read_adapter_config(path: Path, name: str = "default") -> LoraConfig:
+    """The config of the adapter as it was being trained: its file's may have been rewritten for PEFT.
+
+    Raises ``UserError`` where it can't be read.
+    """
+    try:
+        return config_from_dict(json.loads((path / _STATE).read_text())["adapters"][name])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from ..errors import UserError
 from .events import Stepped
 from .options import TrainOptions
-from .run import Counted, make_job, prepare, uncounted
+from .prepare import Counted, prepare, uncounted
+from .run import make_job
 
 LOWEST, HIGHEST = 1e-6, 1e-1
 NUM_STEPS = 60
@@ -47,6 +48,8 @@ def find_learning_rate(options: TrainOptions, counted: Counted = uncounted) -> F
             if not isinstance(event, Stepped):
                 continue
             if event.is_skipped:
+                if smoothed is None:  # over a float16 base, the loss scale is still being found
+                    continue
                 break
             smoothed = event.loss if smoothed is None else SMOOTHING * smoothed + (1 - SMOOTHING) * event.loss
             curve.append((event.learning_rate, smoothed))

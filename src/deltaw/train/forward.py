@@ -1,6 +1,7 @@
 """The summed loss of a packed micro-batch under a causal language model, by the cheapest way that is right for it.
 
-Two things are asked of a model before they are relied on, each with a tiny forward:
+What is relied on is asked of a model before, with tiny forwards:
+  is causal     do tokens see only what comes before them? Otherwise it is refused: there is nothing to predict.
   packs         do examples laid end to end stay apart (to the bit), and count positions from their own start?
                 Otherwise each example goes through alone: slower, and right.
   head is plain are the logits just ``head(hidden)``? Then only supervised rows reach the head, in chunks, and no
@@ -11,9 +12,11 @@ Two things are asked of a model before they are relied on, each with a tiny forw
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +26,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.pack import Packed, pack
 from ..data.render import Tokens
+from ..errors import UserError
 from ..nn.attention import use_packed_attention
 from ..nn.batch import Batch, batch, checkpoint_context
 from ..nn.inject import adapted_layers
 from ..nn.storage import frozen_weight, is_linear
 from ..ops.dropout import DropoutKey
 from ..ops.loss import frozen_cross_entropy
+
+_RUN = "_gradient_checkpointing_func"
+"""Where transformers' layers keep what runs them as a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,12 @@ class LanguageModel:
 
 
 def examine(model: PreTrainedModel) -> LanguageModel:
-    """Find out how a causal language model may be used; leaves it as it was."""
+    """Find out how a causal language model may be used; leaves it as it was.
+
+    Raises ``UserError`` for any other model: one with an encoder, or one whose tokens see those that come after.
+    """
     with torch.no_grad():
+        _check_causal(model)
         return LanguageModel(model=model, packs=_packs(model), has_plain_head=_has_plain_head(model))
 
 
@@ -77,19 +88,23 @@ def training_mode(language_model: LanguageModel, *, checkpointing: bool) -> Iter
     """
     model = language_model.model
     model.eval()
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if checkpointing else []
     with use_packed_attention(model) if language_model.packs else nullcontext():
         try:
             if checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_context})
-            for module in model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = checkpointing  # this flag alone: children stay in evaluation mode
-            for _, layer in adapted_layers(model):
-                layer.training = True
+            for layer in layers:
+                layer.training = True  # without this flag it doesn't checkpoint; children stay in evaluation mode
+                run: Any = layer._gradient_checkpointing_func
+                layer.__dict__[_RUN] = partial(_run_in_evaluation, layer, run)
+            for _, adapted in adapted_layers(model):
+                adapted.training = True
             yield
         finally:
             if checkpointing:
                 model.activation_checkpointing_disable()
+                for layer in layers:
+                    layer.__dict__.pop(_RUN, None)
             model.eval()
 
 
@@ -106,26 +121,62 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
+def _run_in_evaluation(
+    layer: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
+) -> Any:
+    """A checkpointed run with the layer's own flag down: some layers drop by it themselves (OPT's)."""
+
+    def forward(*args: Any) -> Any:
+        was, layer.training = layer.training, False
+        try:
+            return function(*args)
+        finally:
+            layer.training = was
+
+    return checkpoint(forward, *args)
+
+
+def _check_causal(model: PreTrainedModel) -> None:
+    what = f"{type(model).__name__} is not a causal language model"
+    remedy = "give a decoder such as Llama, Qwen or GPT-2"
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{what}: it reads its input with an encoder; {remedy}")
+    ids = torch.arange(3, 11, device=model.device) % model.config.get_text_config().vocab_size
+    other = torch.cat([ids[:-1], ids[:1]])
+    one, two = (model(input_ids=i[None], use_cache=False).logits[0, :-1].float() for i in (ids, other))
+    # Rounding may differ where experts get other tokens.
+    tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * one.abs().max().item()
+    if not torch.allclose(one, two, rtol=0, atol=tolerance):
+        raise UserError(f"{what}: its tokens see those that come after them; {remedy}")
+
+
 def _packs(model: PreTrainedModel) -> bool:
     """Whether a second example is blind to the first, and counts its positions from its own start.
 
-    Two checks that no rounding blurs, since all rows go through the same products: changing the first example moves
-    no bit of the second, and an example laid behind its own twin comes out as the twin does.
+    Two checks that no rounding blurs (where experts are routed, a product's rows depend on all tokens): what the
+    second example says has no derivative by the first one's embeddings, exactly none; and an example laid behind its
+    own twin comes out as the twin does.
     """
     length = 16
     ids = torch.arange(3, 3 + length, device=model.device) % model.config.get_text_config().vocab_size
     positions = torch.arange(length, device=model.device).repeat(2)
+    embedded: list[Tensor] = []
 
-    def logits(first: Tensor) -> Tensor:
-        tokens = torch.cat([first, ids])[None]
-        with batch(Batch(lengths=(length, length))), use_packed_attention(model):
-            return model(input_ids=tokens, position_ids=positions[None], use_cache=False).logits[0]  # type: ignore[no-any-return]
+    def watch(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
 
+    handle = model.get_input_embeddings().register_forward_hook(watch)
     try:
-        twins, perturbed = logits(ids), logits(ids.flip(0))
+        with torch.enable_grad(), batch(Batch(lengths=(length, length))), use_packed_attention(model):
+            twins = model(input_ids=ids.repeat(2)[None], position_ids=positions[None], use_cache=False).logits[0]
+            derivatives = torch.autograd.grad(twins[length:].float().square().sum(), embedded)
     except (ValueError, TypeError):  # attention that can't be exchanged or packed; a model without position_ids
         return False
-    return torch.equal(twins[length:], perturbed[length:]) and torch.allclose(twins[:length], twins[length:], atol=1e-3)
+    finally:
+        handle.remove()
+    leaks = any(bool(d[0, :length].any()) for d in derivatives)
+    return bool(derivatives) and not leaks and torch.allclose(twins[:length], twins[length:], atol=1e-3)
 
 
 def _has_plain_head(model: PreTrainedModel) -> bool:

@@ -23,6 +23,7 @@ from ..data.render import Tokens
 from ..errors import UserError
 from ..nn.inject import parameter_counts
 from ..ops.dropout import DropoutKey
+from . import scaling
 from .checkpoint import Progress, save_checkpoint
 from .evaluate import mean_loss
 from .events import Evaluated, Evaluating, Event, Saved, Started, Stepped, Stopped, Warned
@@ -31,7 +32,7 @@ from .optim import AdamW, learning_rate_at
 from .options import Every, TrainOptions
 
 MAX_SKIPS = 10
-"""Steps in a row with a gradient that is not finite before the run gives up."""
+"""Steps in a row with a gradient that is not finite before the run gives up (over float16: at the lowest scale)."""
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,9 @@ class Job:
             schedule=options.lr_scheduler,
         )
         """Learning rate of a step, from 0."""
+        self._is_scaled = scaling.is_needed(model)
+        if self._is_scaled and self.progress.step == 0:
+            self.progress.loss_scale = scaling.FIRST
 
     @property
     def num_steps(self) -> int:
@@ -123,15 +127,19 @@ class Job:
             key = DropoutKey(options.seed, step, packed.row_offset)
             part = self.language_model.loss(packed, key) / max(1, supervised)
             if supervised:
-                part.backward()
+                (part * progress.loss_scale).backward()
             loss += part.item()
-        norm = self.optimizer.clip(options.max_grad_norm)
+        norm = self.optimizer.clip(options.max_grad_norm, loss_scale=progress.loss_scale)
         rate = self.rate_at(step)
         is_skipped = not (supervised and math.isfinite(norm) and math.isfinite(loss))
         if is_skipped:
             self.optimizer.drop_gradients()
         else:
             self.optimizer.step(rate)
+        if self._is_scaled and supervised:
+            progress.loss_scale, progress.steps_at_loss_scale = scaling.adjusted(
+                progress.loss_scale, progress.steps_at_loss_scale, is_finite=not is_skipped
+            )
         num_tokens = sum(len(tokens.input_ids) for tokens in examples)
         seconds = time.perf_counter() - started
         progress.count(
@@ -151,13 +159,15 @@ class Job:
         )
 
     def _skipped(self, stepped: Stepped) -> Warned:
-        if stepped.num_supervised and self.progress.skips_in_a_row >= MAX_SKIPS:
+        scale = self.progress.loss_scale
+        if stepped.num_supervised and self.progress.skips_in_a_row >= MAX_SKIPS and scale == 1:
             raise UserError(
                 f"the gradient was not finite for {MAX_SKIPS} steps in a row (step {stepped.step}); "
                 f"lower --learning-rate {self.options.learning_rate:g}, or train with --dtype float32"
             )
         why = "the gradient is not finite" if stepped.num_supervised else "none of its tokens is supervised"
-        return Warned(message=f"step {stepped.step}: {why}; no weight was moved")
+        lowered = f", and the loss scale is now {scale:.0f}" if self._is_scaled and stepped.num_supervised else ""
+        return Warned(message=f"step {stepped.step}: {why}; no weight was moved{lowered}")
 
     def _evaluating(self) -> Evaluating:
         return Evaluating(step=self.progress.step, num_examples=len(self.eval_tokens))

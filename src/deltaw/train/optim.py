@@ -33,26 +33,31 @@ class AdamW:
         self._adamw = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
 
     def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters.values() if p.grad is not None]
+        """Those that backward has left, in float32."""
+        self._collect()
+        return [master.grad for master in self._masters.values() if master.grad is not None]
 
-    def clip(self, max_norm: float) -> float:
-        """Shorten the gradients to ``max_norm`` (0: never) and return their norm from before; may be inf or nan."""
+    def clip(self, max_norm: float, *, loss_scale: float = 1.0) -> float:
+        """Shorten the gradients to ``max_norm`` (0: never) and return their norm from before; may be inf or nan.
+
+        ``loss_scale``: what the loss was multiplied by before backward; it is taken out first, in float32.
+        """
         gradients = self.gradients()
         if not gradients:
             return 0.0
+        if loss_scale != 1:
+            for gradient in gradients:
+                gradient.div_(loss_scale)
         norm = nn.utils.get_total_norm(gradients, foreach=True)
         if max_norm > 0 and torch.isfinite(norm):
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), max_norm, norm, foreach=True)
+            nn.utils.clip_grads_with_norm_(self._masters.values(), max_norm, norm, foreach=True)
         return float(norm)
 
     def step(self, learning_rate: float) -> None:
         """Update the weights and drop the gradients."""
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate * group["ratio"]
-        for name, p in self.parameters.items():
-            master = self._masters[name]
-            if master is not p:
-                master.grad = None if p.grad is None else p.grad.float()
+        self._collect()
         self._adamw.step()
         # The fused step changes weights behind torch's back; what is cached by version (DoRA's norm) must see it.
         torch.autograd.graph.increment_version(self._masters.values())
@@ -61,6 +66,13 @@ class AdamW:
                 if self._masters[name] is not p:
                     p.copy_(self._masters[name])
         self.drop_gradients()
+
+    def _collect(self) -> None:
+        """Move new gradients to their masters, in float32."""
+        for name, p in self.parameters.items():
+            master = self._masters[name]
+            if master is not p and p.grad is not None:
+                master.grad, p.grad = p.grad.float(), None
 
     def drop_gradients(self) -> None:
         for p in (*self.parameters.values(), *self._masters.values()):

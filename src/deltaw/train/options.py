@@ -17,6 +17,7 @@ Every = int | Literal["epoch"]
 
 ADAPTER_FLAGS = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora", "init_lora_weights", "bias"),
+    "loraplus_lr_ratio",
 }
 """Fields that say something about an adapter, and nothing about full fine-tuning."""
 

@@ -16,55 +16,33 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.peft_format import WEIGHTS_NAME, save_adapter
 from ..config import CONFIG_NAME
-from ..data.formats import Example, load_examples, sha256_of
-from ..data.render import Rendered, render_all
 from ..errors import UserError
 from ..files import replace_text
-from ..nn.inject import inject, parameter_counts
-from ..nn.load import base_bytes, base_info, load_base
+from ..nn.eva import start_from_data
+from ..nn.inject import blank_adapter, inject, parameter_counts
 from . import checkpoint
+from .eva import EvaBatches
 from .events import Event, Stopped, Warned, finite_or_none
 from .forward import examine
 from .loop import Job, trainable_parameters, unfreeze
 from .optim import unmoved
 from .options import TrainOptions
+from .prepare import Counted, Prepared, data_sha256, data_warnings, prepare, uncounted
 from .watchers import MetricsFile, TensorBoard, Watcher, check_tensorboard
-
-Counted = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""Opens a bar over slow work with this name, which is then told (done, total)."""
 
 log = logging.getLogger("deltaw")
 
 SUMMARY, METRICS = "summary.json", "metrics.jsonl"
 _FILES = (SUMMARY, METRICS, CONFIG_NAME, WEIGHTS_NAME, "checkpoints", "tensorboard")
-
-
-def uncounted(what: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    """No bar."""
-    return nullcontext(lambda done, total: None)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Base and data, read and rendered; nothing written yet."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    train: Rendered
-    eval: Rendered | None
-    hashes: dict[str, str]
-    """SHA-256 of each of what the run is made from: base, training data, held-out data."""
-    base_bytes: int
 
 
 def run_training(
@@ -108,47 +86,6 @@ def run_training(
         return _finish(job, prepared, stopped, tell)
 
 
-def prepare(options: TrainOptions, counted: Counted = uncounted) -> Prepared:
-    """Read the data, then the base, and render the one for the other."""
-    if not options.data:
-        raise UserError("--data: expected a JSONL, CSV or Parquet file, or a hub data set; give one")
-    examples = load_examples(options.data, data_format=options.data_format)
-    held_out = None
-    if options.eval_data is not None:
-        held_out = load_examples(options.eval_data, data_format=options.data_format, split="test")
-    log.info("read %d examples from %s; loading %s", len(examples), options.data, options.model)
-    model, tokenizer = load_base(options.model, dtype=options.dtype, device=options.device)
-    check_length(model, options.max_length)
-
-    def rendered(examples: Sequence[Example], what: str) -> Rendered:
-        with counted(what) as progress:
-            return render_all(
-                examples, tokenizer, loss_on=options.loss_on, max_length=options.max_length, progress=progress
-            )
-
-    hashes = {checkpoint.TRAINING_DATA: sha256_of(options.data)}
-    if options.eval_data is not None:
-        hashes[checkpoint.HELD_OUT_DATA] = sha256_of(options.eval_data, split="test")
-    info = base_info(model)
-    if info is not None:
-        hashes[checkpoint.BASE] = info.sha256
-    return Prepared(
-        model=model,
-        tokenizer=tokenizer,
-        train=rendered(examples, "training data → tokens"),
-        eval=None if held_out is None else rendered(held_out, "held-out data → tokens"),
-        hashes=hashes,
-        base_bytes=base_bytes(model),
-    )
-
-
-def check_length(model: PreTrainedModel, max_length: int) -> None:
-    """Raises ``UserError`` for examples longer than the model can take."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and max_length > longest:
-        raise UserError(f"--max-length {max_length}: the model takes at most {longest} tokens; lower it to that")
-
-
 def make_job(options: TrainOptions, prepared: Prepared, should_stop: Callable[[], bool] = lambda: False) -> Job:
     """Put the adapter into the base (or free all its weights) and, where a run is resumed, its state into both."""
     model = prepared.model
@@ -167,9 +104,15 @@ def make_job(options: TrainOptions, prepared: Prepared, should_stop: Callable[[]
     torch.manual_seed(options.seed)
     if options.full:
         unfreeze(model)
-    else:
+    elif path is None:
         inject(model, options.lora_config())
+    else:
+        config = checkpoint.read_adapter_config(path)
+        inject(model, config, make=partial(blank_adapter, config=config))
     language_model = examine(model)
+    if path is None and not options.full and options.init_lora_weights.lower() == "eva":
+        log.info("EVA: looking at what the layers get from the training data")
+        start_from_data(model, EvaBatches(language_model, prepared.train.examples, options))
     job = Job(
         language_model=language_model,
         options=options,
@@ -184,25 +127,6 @@ def make_job(options: TrainOptions, prepared: Prepared, should_stop: Callable[[]
         checkpoint.load_weights(path, model, job.optimizer)
         log.info("going on from step %d of %d", progress.step, job.num_steps)
     return job
-
-
-def data_warnings(prepared: Prepared) -> list[str]:
-    """What happened to the data on its way to the model, in words; nothing is cut or left out unsaid."""
-    out = []
-    for name, data in (("training", prepared.train), ("held-out", prepared.eval)):
-        if data is None:
-            continue
-        if data.num_truncated:
-            out.append(
-                f"{data.num_truncated} of {data.num_examples} {name} examples are longer than --max-length and lose "
-                f"{data.truncated_tokens:,} tokens at their end"
-            )
-        if data.num_unsupervised_after_truncation:
-            out.append(
-                f"{data.num_unsupervised_after_truncation} {name} examples have no supervised token left and are "
-                f"left out (first: {data.first_unsupervised}); a larger --max-length keeps them"
-            )
-    return out
 
 
 def peak_rss_bytes() -> int:
@@ -295,7 +219,7 @@ def _finished(options: TrainOptions) -> dict[str, Any] | None:
     if summary.get("status") not in ("done", "early stop"):
         return None
     changes = options.differences(summary["config"])
-    if sha256_of(options.data) != summary.get("data_sha256"):
+    if data_sha256(options) != summary.get("data_sha256"):
         changes.append("other training data")
     if changes:
         raise UserError(
