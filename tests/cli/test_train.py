@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,11 +41,12 @@ def test_every_key_can_stand_in_the_file(tmp_path):
     values = dict(
         data="a.jsonl", model="m", out="o", eval_data="b.jsonl", data_format="chat", loss_on="all", max_length=9, r=3,
         lora_alpha=7.5, lora_dropout=0.25, target_modules="qv", use_dora=True, use_rslora=True,
-        init_lora_weights="gaussian", bias="all", full=True, quantization="none", dtype="bfloat16", device="cpu",
+        init_lora_weights="gaussian", bias="all", full=False, quantization="none", dtype="bfloat16", device="cpu",
         epochs=1.5, max_steps=4, batch_size=5, gradient_accumulation=6, micro_batch_tokens=70,
         gradient_checkpointing=True, learning_rate=3e-4, lr_scheduler="linear", warmup_steps=8, weight_decay=0.5,
         max_grad_norm=2.5, eval_every=11, save_every="epoch", early_stop_patience=12, seed=13, resume=True,
-        overwrite=False, preview=14, find_lr=True, tensorboard=True, json=True,
+        overwrite=False, preview=14, find_lr=True, tensorboard=True, json=True, data_split="train[:9]",
+        eval_split="x", loraplus_lr_ratio=1.0,
     )  # fmt: skip
     assert values.keys() == set(Options.__dataclass_fields__)
     for dash in ("-", "_"):
@@ -123,7 +125,10 @@ def test_a_finished_run_is_not_resumed(run, flags):
 
 
 def test_a_full_run_reports_too(run, flags):
-    code, out, _ = run(*flags, "--full")
+    code, _, err = run(*flags, "--full")
+    assert code == 2 and "--full trains every weight and has no adapter; leave out --r, or --full" in err
+    where = flags.index("--r")
+    code, out, _ = run(*flags[:where], *flags[where + 2 :], "--full")
     assert code == 0 and "written" in out and "--adapter" not in out
 
 
@@ -134,6 +139,69 @@ def test_preview_marks_exactly_the_supervised_tokens(run, flags, tmp_path):
     assert "<|im_start|>assistant\n⟦red" in out
     assert re.search(r"chats.jsonl:1: \d+ tokens, 2 supervised", out)
     assert re.search(r"6 examples, \d+ tokens, of which \d+ are learnt \(marked ⟦ ⟧\). Lengths: \d+ to \d+", out)
+
+
+def test_preview_reads_no_weights(run, flags, tiny_base, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_base, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    code, out, err = run(*flags, "--model", bare, "--preview", 1)
+    assert code == 0 and "⟦red<|im_end|>⟧" in out and "loading" not in err
+    code, _, err = run(*flags, "--model", bare, "--preview", 1, "--max-length", 9999)
+    assert code == 2 and "the model takes at most 512 tokens" in err
+    assert run(*flags, "--model", bare)[0] == 2  # training needs them
+
+
+def test_preview_shows_that_weight_0_is_not_learnt(run, flags, tmp_path):
+    turns = [("user", "a", None), ("assistant", "bad", 0), ("user", "b", None), ("assistant", "good", 1)]
+    path = tmp_path / "weights.jsonl"
+    rows = [{"role": role, "content": text, "weight": weight} for role, text, weight in turns]
+    path.write_text(json.dumps({"messages": rows}) + "\n")
+    code, out, _ = run(*flags, "--data", path, "--preview", 1)
+    assert code == 0 and "assistant\nbad<|im_end|>" in out and "⟦good<|im_end|>⟧" in out
+
+
+def test_splits_of_the_hub_are_named_by_flags(run, flags, monkeypatch):
+    import datasets
+
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3
+    asked = []
+
+    def load_dataset(repository, name=None, split=""):
+        asked.append((repository, name, split))
+        if split == "none":
+            raise ValueError("Unknown split \"none\". Should be one of ['train', 'held'].")
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = [*flags, "--data", "some/data:main", "--eval-data", "some/data", "--max-steps", 1, "--preview", 1]
+    assert run(*hub)[0] == 0
+    assert run(*hub, "--data-split", "train[:90%]", "--eval-split", "held")[0] == 0
+    assert asked == [
+        ("some/data", "main", "train"), ("some/data", None, "test"),
+        ("some/data", "main", "train[:90%]"), ("some/data", None, "held"),
+    ]  # fmt: skip
+    code, _, err = run(*hub, "--eval-split", "none")
+    assert code == 2 and "some/data: no readable file or hub data set, split none (Unknown split" in err
+    assert "Should be one of ['train', 'held'].)" in err
+
+
+def test_the_identity_of_data_is_that_of_their_split(run, flags, monkeypatch, only_json):
+    import datasets
+
+    def load_dataset(repository, name=None, split=""):
+        turns = [{"role": "user", "content": split}, {"role": "assistant", "content": "b"}]
+        return [{"messages": turns}] * 3
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = [*flags, "--data", "some/data", "--max-steps", 1, "--json"]
+    code, out, _ = run(*hub, "--data-split", "train[:9]")
+    one = only_json(out)
+    other = only_json(run(*hub, "--overwrite")[1])
+    assert code == 0 and one["data_sha256"] != other["data_sha256"]
+    assert (one["config"]["data_split"], other["config"]["data_split"]) == ("train[:9]", None)
+    assert run(*hub, "--resume")[0] == 0
+    code, _, err = run(*hub, "--resume", "--data-split", "train[:9]")
+    assert code == 2 and "--data-split None → train[:9], other training data" in err
 
 
 def test_preview_as_json_and_with_all_tokens(run, flags, only_json):
@@ -212,8 +280,8 @@ def test_ctrl_c_saves_and_resume_finishes(flags, tmp_path, environment, only_jso
 
 def test_ctrl_c_during_set_up_ends_cleanly(flags, tmp_path, environment):
     script = """
-import sys, time, deltaw.train.run as run
-run.load_base = lambda *a, **k: (print("loading", flush=True), time.sleep(60))
+import sys, time, deltaw.train.prepare as prepare
+prepare.load_base = lambda *a, **k: (print("loading", flush=True), time.sleep(60))
 from deltaw.cli import main
 sys.exit(main())"""
     command = [sys.executable, "-c", script, *flags]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from deltaw.data.formats import Chat, Completion, Text, load_examples, sha256_of
+from deltaw.data.records import split_of
 from deltaw.errors import UserError
 
 USER = {"role": "user", "content": "hi"}
@@ -79,6 +80,20 @@ def test_prompt() -> None:
     ]
 
 
+def test_answers_in_the_prompt_are_context() -> None:
+    (example,) = load_examples([{"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}])
+    assert example == Chat(messages=(USER, ANSWER, USER, ANSWER), unsupervised=frozenset({1}), origin="list:item 1")
+
+
+def test_weights() -> None:
+    turns = [{**USER, "weight": 0}, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1.0}, USER, ANSWER]
+    (example,) = load_examples([{"messages": turns}])
+    assert example == Chat(messages=(USER, ANSWER) * 3, unsupervised=frozenset({1}), origin="list:item 1")
+    shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo", "weight": 0}]
+    (chat,) = load_examples([{"conversations": [*shared, *shared[:1], {"from": "gpt", "value": "yo"}]}])
+    assert isinstance(chat, Chat) and chat.unsupervised == {1} and chat.messages[1] == ANSWER
+
+
 @pytest.mark.parametrize("output", ["output", "response"])
 def test_instruction(output: str) -> None:
     rows = [{"instruction": "do", output: "done", "input": text} for text in ("this", "", None)]
@@ -138,6 +153,12 @@ def test_text_parts_are_joined() -> None:
         ),
         ({"messages": [{**ANSWER, "tool_calls": [call("f", [1])]}]}, "arguments of f are list"),
         ({**CHAT, "tools": ["f"]}, "tools is not a list"),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "message 2 has weight 0.5; expected 0 (not learnt) or 1"),
+        ({"messages": [USER, {**ANSWER, "weight": "1"}]}, "message 2 has weight '1'; expected 0"),
+        ({"messages": [USER, {**ANSWER, "weight": True}]}, "message 2 has weight True; expected 0"),
+        ({"messages": [{**USER, "weight": 1}, ANSWER]}, "message 1 has weight 1, but only the assistant's turns"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "every assistant turn has weight 0"),
+        ({"prompt": [USER, ANSWER], "completion": [USER]}, "every assistant turn stands in the prompt"),
         ({"text": 3}, "text is int, expected a string"),
         ({"prompt": "a", "completion": [ANSWER]}, "completion is list"),
     ],
@@ -256,7 +277,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert second.messages[1]["tool_calls"] == [calls[1]]
     assert second.origin.endswith("x.parquet:row 2")
     (tmp_path / "bad.parquet").write_bytes(b"junk")
-    fails(tmp_path / "bad.parquet", "no readable Parquet file", "check the name")
+    fails(tmp_path / "bad.parquet", "no readable Parquet file", "check the file")
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +293,16 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     (example,) = load_examples("some/data-v1.5:main", split="test")
     assert isinstance(example, Text) and example.text == "some/data-v1.5 main test"
     assert sha256_of("some/data") != sha256_of("some/data:main")
-    fails("some/missing", "some/missing: no readable file or hub data set (cannot reach the hub)")
+    fails("some/missing", "some/missing: no readable file or hub data set, split train (cannot reach the hub at all)")
+    fails("some/missing", "the split (--data-split or --eval-split)", split="x")
+
+
+def test_only_hub_data_sets_have_splits(tmp_path: Path) -> None:
+    path = write(tmp_path, CHAT)
+    assert split_of(path, None, default="test", flag="--data-split") == "test"
+    assert split_of("some/data:main", "train[:9]", default="test", flag="--data-split") == "train[:9]"
+    with pytest.raises(UserError, match=r"--data-split dev: .*x.jsonl is a file.* leave --data-split out"):
+        split_of(path, "dev", default="test", flag="--data-split")
 
 
 def test_sha256(tmp_path: Path) -> None:

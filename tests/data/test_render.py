@@ -124,6 +124,35 @@ def test_loss_on_all(tokenizer: Any) -> None:
     fails(chat("a", "b"), tokenizer, "--loss-on 'user'", "assistant or all", loss_on="user")
 
 
+UNSUPERVISED_SECOND = dict(unsupervised=frozenset({3}))
+
+
+@pytest.mark.parametrize("template", [None, THINK, MARKED], ids=["its own", "rewritten", "marked"])
+def test_turns_of_weight_0_are_no_targets(tokenizer: Any, template: str | None) -> None:
+    tokenizer.chat_template = template or tokenizer.chat_template
+    turns = ("a", "<think>x</think>one", "b", "two", "c", "three")
+    plain = targets(chat(*turns), tokenizer)
+    assert len(plain) == 3
+    assert targets(chat(*turns, **UNSUPERVISED_SECOND), tokenizer) == [plain[0], plain[2]]
+
+
+def test_turns_of_weight_0_where_the_template_marks_turns_in_parts(tokenizer: Any) -> None:
+    parted = MARKED.replace(
+        "MIDDLE{% endgeneration %}", "{% endgeneration %}MIDDLE{% generation %}.{% endgeneration %}"
+    )
+    tokenizer.chat_template = parted + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    turns = ("a", "<think>x</think>one", "b", "two", "c", "three")
+    assert targets(chat(*turns), tokenizer) == ["one", ".", "two", ".", "three", "."]
+    # Which marks belong to which turn is not said: the contents are searched for instead.
+    assert targets(chat(*turns, **UNSUPERVISED_SECOND), tokenizer) == ["one", "three"]
+
+
+def test_the_last_answer_that_is_learnt_is_what_a_model_is_asked_for(tokenizer: Any) -> None:
+    example = chat("a", "one", "b", "two", **UNSUPERVISED_SECOND)
+    ids, wanted = prompt_ids(example, tokenizer)
+    assert wanted == "one" and tokenizer.decode(ids).endswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_template_with_bos_adds_it_once(tokenizer: Any) -> None:
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer.chat_template = WITH_BOS
@@ -327,7 +356,7 @@ def test_render_all_counts(tokenizer: Any) -> None:
 
 def test_nothing_supervised_is_refused(tokenizer: Any) -> None:
     examples = [chat("a " * 99, "b", origin=f"x.jsonl:{line}") for line in (5, 6)]
-    with pytest.raises(UserError, match=r"none of 2 examples .* first is x.jsonl:5; raise --max-length"):
+    with pytest.raises(UserError, match=r"none of 2 examples .* \(first: x.jsonl:5\); raise it"):
         render_all(examples, tokenizer, max_length=60)
 
 

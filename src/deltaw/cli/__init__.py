@@ -11,6 +11,7 @@ import sys
 import traceback
 
 from ..errors import UserError
+from .program import command
 
 VERBS = {
     "demo": "fine-tune a small model on a real task, and see what it learnt",
@@ -28,10 +29,14 @@ Low-rank adapters for language models: ΔW = (α/r)·B·A beside a frozen base.
 {verbs}
 
 deltaw VERB --help explains a verb. To begin:
-  deltaw demo                                              watch a model learn a task in minutes
-  deltaw train --data my.jsonl --preview 3                 see your data as the model will
-  deltaw train --data my.jsonl --out runs/first            train; --model takes a folder or a hub id
-  deltaw compare --adapter runs/first --data my.jsonl      look at what changed"""
+{examples}"""
+
+_EXAMPLES = {
+    "demo": "watch a model learn a task in minutes",
+    "train --data my.jsonl --preview 3": "see your data as the model will",
+    "train --data my.jsonl --out runs/first": "train; --model takes a folder or a hub id",
+    "compare --adapter runs/first --data my.jsonl": "look at what changed",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +68,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _call(verb: str, args: list[str]) -> int:
     if verb in ("-h", "--help", "help"):
-        print(_HELP.format(verbs="\n".join(f"  {name:<9} {what}" for name, what in VERBS.items())))
+        examples = {command(*words.split()): what for words, what in _EXAMPLES.items()}
+        width = max(map(len, examples))
+        print(
+            _HELP.format(
+                verbs="\n".join(f"  {name:<9} {what}" for name, what in VERBS.items()),
+                examples="\n".join(f"  {words:<{width}}   {what}" for words, what in examples.items()),
+            )
+        )
         return 0
     if verb in ("-V", "--version"):
         from importlib.metadata import version
@@ -71,7 +83,7 @@ def _call(verb: str, args: list[str]) -> int:
         print(f"deltaw {version('deltaw')}")
         return 0
     if verb not in VERBS:
-        raise UserError(f"no verb {verb!r}; expected one of {', '.join(VERBS)} (see deltaw --help)")
+        raise UserError(f"no verb {verb!r}; expected one of {', '.join(VERBS)} (see {command('--help')})")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # set before the first tokenizer, not after a fork
     # Threads that wait for each other shall soon sleep instead of spinning on: with anything else on the same cores,
     # torch's default made training five times slower, and alone it was no faster. Read when torch is first imported.

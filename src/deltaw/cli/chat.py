@@ -7,9 +7,10 @@ import sys
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .options import parse
+from .reading import BaseOptions
 
 HELP = """/adapter NAME  use an adapter (its name, or a folder to load); /adapter base for none
 /adapters      list those that are loaded
@@ -21,7 +22,7 @@ NO_ADAPTER = "base"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(BaseOptions):
     """Talk to a model, with and without its adapters.
 
     Answers are streamed. /adapter NAME switches at once, /help lists the other commands. Ctrl-C ends an answer.
@@ -29,8 +30,6 @@ class Options:
 
     adapter: tuple[str, ...] = ()
     """Adapters to load, by folder; the first is active."""
-    model: str | None = None
-    """Base model; by default the one that the adapter names."""
     system: str | None = None
     """System message."""
     temperature: float = 0.0
@@ -41,10 +40,6 @@ class Options:
     """Longest answer."""
     seed: int = 0
     """Seed of the sampling."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the base."""
-    device: str = "auto"
-    """cpu, cuda …; auto: CUDA where there is one."""
 
 
 def main(args: list[str]) -> int:
@@ -94,6 +89,7 @@ class Conversation:
         if base is None and options.adapter:
             base = base_of(read_adapter(options.adapter[0]))
         self.model, self.tokenizer = load_model(base, None, dtype=options.dtype, device=options.device)
+        self._allow_other_base = options.allow_other_base
         self.active = NO_ADAPTER
         self.system = options.system
         self.messages: list[dict[str, Any]] = []
@@ -128,7 +124,7 @@ class Conversation:
             taken = {NO_ADAPTER, *self.loaded}
             name = next(n for n in chain([stem], (f"{stem}-{i}" for i in count(2))) if n not in taken)
             try:
-                load_adapter(self.model, adapter, name)
+                load_adapter(self.model, adapter, name, allow_other_base=self._allow_other_base)
             except UserError as error:
                 raise UserError(f"{error} (loaded are {', '.join([NO_ADAPTER, *self.loaded])})") from None
             self._names[folder] = name

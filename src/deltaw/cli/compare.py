@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .options import parse
+from .reading import HeldOutOptions
 
 if TYPE_CHECKING:
     from ..train.answers import Answer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(HeldOutOptions):
     """Show what an adapter changed: held-out prompts, the wanted answer, the base's and the adapter's.
 
     Answers are greedy. The counts below the table are over the examples shown.
@@ -21,24 +22,19 @@ class Options:
 
     adapter: str
     """Adapter to compare with its base."""
-    data: str
-    """Held-out data: a file or a hub data set."""
     n: int = 5
     """Examples to show, evenly spread over the data."""
-    model: str | None = None
-    """Base model; by default the one that the adapter names."""
     match: Literal["text", "json"] = "text"
     """How answers are judged: as text, or as JSON objects."""
     max_new_tokens: int = 128
     """Longest answer."""
-    data_format: Literal["auto", "chat", "prompt", "instruction", "text"] = "auto"
-    """How to read the examples, where their keys don't say it."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the base."""
-    device: str = "auto"
-    """cpu, cuda …; auto: CUDA where there is one."""
-    json: bool = False
-    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        from ..errors import UserError
+
+        super().__post_init__()
+        if self.n < 1:
+            raise UserError(f"--n {self.n}: expected at least 1")
 
 
 def main(args: list[str]) -> int:
@@ -63,21 +59,23 @@ def main(args: list[str]) -> int:
 def compare(options: Options) -> tuple[dict[str, Any], list[Answer], list[Answer]]:
     """(plain JSON values, the base's answers, the adapter's)."""
     from ..adapters.peft_format import read_adapter
-    from ..data.formats import load_examples
-    from ..errors import UserError
     from ..nn.inject import activate, restore
     from ..nn.load import base_bytes
     from ..train.answers import answers
     from .models import load_model
     from .screen import counted
 
-    if options.n < 1:
-        raise UserError(f"--n {options.n}: expected at least 1")
-    everything = load_examples(options.data, data_format=options.data_format, split="test")
+    everything = options.examples()
     count = min(options.n, len(everything))
     examples = [everything[i * len(everything) // count] for i in range(count)]
     stored = read_adapter(options.adapter)
-    model, tokenizer = load_model(options.model, stored, dtype=options.dtype, device=options.device)
+    model, tokenizer = load_model(
+        options.model,
+        stored,
+        dtype=options.dtype,
+        device=options.device,
+        allow_other_base=options.allow_other_base,
+    )
     found: dict[str, list[Answer]] = {}
     for who, names in (("base", []), ("adapter", ["adapter"])):
         activate(model, names, trainable=False)

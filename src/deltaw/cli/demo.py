@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import parse
+from .program import command
 
 if TYPE_CHECKING:
     from ..train.answers import Answer
@@ -35,10 +36,18 @@ class Options:
     """Keep the run (data, adapter, metrics) in this folder."""
     seed: int = 0
     """Seed of the data and of the training."""
+    resume: bool = False
+    """Go on with the run in --out, or show once more what it came to."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
     json: bool = False
     """Print one JSON object instead of the tables."""
+
+    def __post_init__(self) -> None:
+        from ..errors import UserError
+
+        if self.out is None and (self.resume or self.overwrite):
+            raise UserError(f"--{'resume' if self.resume else 'overwrite'}: of which run? Name its folder with --out")
 
 
 def main(args: list[str]) -> int:
@@ -60,7 +69,7 @@ def main(args: list[str]) -> int:
 
 def run(options: Options, out: Path) -> tuple[dict[str, Any], list[Answer], list[Answer]]:
     """Data, before, training, after; returns plain JSON values and both sets of answers."""
-    from ..data.tickets import fair_prompt, make_tickets, write_tickets
+    from ..data.tickets import fair_prompt, make_tickets
     from ..train.run import check_out, peak_rss_bytes
     from .compare import side_by_side
     from .screen import err
@@ -69,9 +78,7 @@ def run(options: Options, out: Path) -> tuple[dict[str, Any], list[Answer], list
     started = time.perf_counter()
     training = _training(options, out)
     check_out(training)
-    out.mkdir(parents=True, exist_ok=True)
-    write_tickets(training.data, "train", NUM_TRAIN, options.seed)
-    write_tickets(str(training.eval_data), "heldout", NUM_HELD_OUT, options.seed)
+    _write_data(training)
     tickets = make_tickets("heldout", NUM_HELD_OUT, options.seed)
     shown = [ticket["messages"][-2]["content"] for ticket in tickets]
     err.print(f"The task: {NUM_HELD_OUT} customers' messages that no training example resembles → tickets as JSON.")
@@ -80,6 +87,8 @@ def run(options: Options, out: Path) -> tuple[dict[str, Any], list[Answer], list
     base = _answers(None, asked, shown, "before: the base, with instructions and three examples")
     summary = train_with_bar(training)
     if summary["status"] == "interrupted":
+        if options.out is not None:
+            err.print(f"Saved. Go on with: {command('demo', '--out', out, '--resume')}", markup=False, soft_wrap=True)
         raise KeyboardInterrupt
     adapted = _answers(out, tickets, shown, "after: with the adapter")
     result = {
@@ -97,6 +106,21 @@ def run(options: Options, out: Path) -> tuple[dict[str, Any], list[Answer], list
     return result, base, adapted
 
 
+def _write_data(training: TrainOptions) -> None:
+    """Write the tickets, but over nobody else's files of the same names."""
+    from ..data.tickets import SYSTEM_PROMPT, write_tickets
+    from ..errors import UserError
+
+    out = training.out
+    train, held_out = Path(training.data), Path(str(training.eval_data))
+    for path in (train, held_out):
+        if path.exists() and not (path.is_file() and SYSTEM_PROMPT.encode() in path.read_bytes()[:200]):
+            raise UserError(f"--out {out}: holds a {path.name} that is not the demo's; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_tickets(train, "train", NUM_TRAIN, training.seed)
+    write_tickets(held_out, "heldout", NUM_HELD_OUT, training.seed)
+
+
 def _training(options: Options, out: Path) -> TrainOptions:
     from ..train.options import TrainOptions
 
@@ -104,6 +128,7 @@ def _training(options: Options, out: Path) -> TrainOptions:
         data=str(out / "train.jsonl"),
         eval_data=str(out / "heldout.jsonl"),
         out=out,
+        resume=options.resume,
         overwrite=options.overwrite,
         seed=options.seed,
         epochs=1,
@@ -163,12 +188,15 @@ def _report(options: Options, result: dict[str, Any], base: list[Answer], adapte
     times = result["base_bytes"] / result["adapter_bytes"]
     out.print(
         f"The adapter has {size(result['adapter_bytes'])}, the base {size(result['base_bytes'])} ({times:.0f} times "
-        f"as much). {duration(result['seconds'])} in all, {duration(result['train_seconds'])} of it training; "
+        f"as much). Training took {duration(result['train_seconds'])}, this call {duration(result['seconds'])} in all; "
         f"peak memory {size(result['peak_rss_bytes'])}."
     )
-    kept = options.out
-    if kept is None:
-        out.print("Next: deltaw demo --out demo-run   keeps the adapter; then", markup=False)
-        kept = Path("demo-run")
-    out.print(f"Next: deltaw chat --adapter {kept}   talk to it (/adapter base switches it off)", markup=False)
-    out.print("      deltaw train --data my.jsonl --out my-run   the same with your data", markup=False)
+    kept = options.out or Path("demo-run")
+    nexts = {} if options.out else {command("demo", "--out", kept): "keeps the adapter; then"}
+    nexts |= {
+        command("chat", "--adapter", kept): "talk to it (/adapter base switches it off)",
+        command("train", "--data", "my.jsonl", "--out", "my-run"): "the same with your data",
+    }
+    out.print("Next:")
+    for words, what in nexts.items():
+        out.print(f"  {words:<{max(map(len, nexts))}}   {what}", markup=False, soft_wrap=True)

@@ -7,42 +7,38 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .options import parse
+from .reading import HeldOutOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(HeldOutOptions):
     """Measure a model, with or without an adapter, on data it has not seen.
 
     Loss and perplexity are means over all supervised tokens (never means of means). With --match, the model also
     answers every example greedily, and the share of exact answers is counted.
     """
 
-    data: str
-    """Held-out data: a file or a hub data set."""
     adapter: str | None = None
     """Adapter to measure; without one, the base."""
-    model: str | None = None
-    """Base model; by default the one that the adapter names."""
     match: Literal["none", "text", "json"] = "none"
     """Also compare generated answers: as text, or as JSON objects."""
     limit: int | None = None
     """Use only the first so many examples."""
-    max_new_tokens: int = 256
-    """Longest answer."""
     max_length: int = 1024
     """Tokens of one example beyond which it is cut."""
-    data_format: Literal["auto", "chat", "prompt", "instruction", "text"] = "auto"
-    """How to read the examples, where their keys don't say it."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    """Tokens that count."""
+    """Tokens that count: the assistant's turns (completions), or all, whatever weight a turn has."""
     micro_batch_tokens: int = 2048
     """Tokens in one forward pass: memory against speed."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the base."""
-    device: str = "auto"
-    """cpu, cuda …; auto: CUDA where there is one."""
-    json: bool = False
-    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        from ..errors import UserError
+
+        super().__post_init__()
+        for name, least in (("limit", 1), ("max_length", 2), ("micro_batch_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
 
 
 def main(args: list[str]) -> int:
@@ -56,36 +52,52 @@ def main(args: list[str]) -> int:
         return 0
     out.print(
         f"loss {result['loss']:.4f}   perplexity {result['perplexity']:.3f}   "
-        f"over {result['supervised_tokens']:,} supervised tokens of {result['examples']:,} examples"
+        f"over {result['supervised_tokens']:,} supervised tokens of "
+        f"{result['examples'] - result['unsupervised_examples']:,} examples"
     )
     if result["exact_match"] is not None:
-        out.print(f"exact answers {result['exact_match']:.1%}")
-    if result["truncated_examples"]:
-        out.print(f"{result['truncated_examples']} examples were cut at {options.max_length} tokens", style="yellow")
-    if result["unsupervised_examples"]:
-        out.print(
-            f"{result['unsupervised_examples']} of them had no supervised token left and count nowhere", style="yellow"
-        )
+        out.print(f"exact answers {result['exact_match']:.1%} of {result['examples']:,} examples")
+    for line in _left_out(result, options.max_length):
+        out.print(line, style="yellow", markup=False, soft_wrap=True)
     return 0
+
+
+def _left_out(result: dict[str, Any], max_length: int) -> list[str]:
+    """What of the data the loss has not seen, and what to do about it."""
+    lines = []
+    if cut := result["truncated_examples"]:
+        lines.append(f"{_examples(cut)} longer than --max-length {max_length}: the loss has not seen what is behind it")
+    if lost := result["unsupervised_examples"]:
+        lines.append(
+            f"{_examples(lost)} left out of the loss: nothing of the answer within --max-length {max_length} "
+            f"(first: {result['first_unsupervised']}); raise it to count them"
+        )
+    return lines
+
+
+def _examples(count: int) -> str:
+    return f"{count:,} example is" if count == 1 else f"{count:,} examples are"
 
 
 def evaluate(options: Options) -> dict[str, Any]:
     """Measure as the options say; plain JSON values."""
-    from ..data.formats import load_examples
     from ..data.render import render_all
-    from ..errors import UserError
     from ..train.answers import answers, exact_match
     from ..train.evaluate import mean_loss
     from ..train.forward import examine
-    from ..train.run import check_length
+    from ..train.prepare import check_length
     from .models import load_model
     from .screen import counted
 
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit {options.limit}: expected at least 1")
-    examples = load_examples(options.data, data_format=options.data_format, split="test")[: options.limit]
-    model, tokenizer = load_model(options.model, options.adapter, dtype=options.dtype, device=options.device)
-    check_length(model, options.max_length)
+    examples = options.examples()[: options.limit]
+    model, tokenizer = load_model(
+        options.model,
+        options.adapter,
+        dtype=options.dtype,
+        device=options.device,
+        allow_other_base=options.allow_other_base,
+    )
+    check_length(model.config, options.max_length)
     with counted("data → tokens") as progress:
         rendered = render_all(
             examples, tokenizer, loss_on=options.loss_on, max_length=options.max_length, progress=progress
@@ -110,6 +122,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         "examples": rendered.num_examples,
         "truncated_examples": rendered.num_truncated,
         "unsupervised_examples": rendered.num_unsupervised_after_truncation,
+        "first_unsupervised": rendered.first_unsupervised,
         "exact_match": None if found is None else exact_match(found),
         "adapter": options.adapter,
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
+import sys
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,16 +19,34 @@ DEFAULT_BASE = "smollm2-135m"
 
 
 def load_model(
-    model: str | None, adapter: str | StoredAdapter | None, *, dtype: str = "auto", device: str = "auto"
+    model: str | None,
+    adapter: str | StoredAdapter | None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    allow_other_base: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base (the adapter's own where none is named), with the adapter active and its receipt told."""
     stored = read_adapter(adapter) if isinstance(adapter, str) else adapter
     base = model or (DEFAULT_BASE if stored is None else base_of(stored))
     log.info("loading %s", base)
+    _return_freed_memory()
     network, tokenizer = load_base(base, dtype=dtype, device=device)
     if stored is not None:
-        log.info("%s: %s", stored.path, load_adapter(network, stored, "adapter"))
+        receipt = load_adapter(network, stored, "adapter", allow_other_base=allow_other_base)
+        log.info("%s: %s", stored.path, receipt)
     return network, tokenizer
+
+
+def _return_freed_memory() -> None:
+    """Give back to the system what an earlier stage of this process has freed, so that stages don't add up.
+
+    glibc keeps freed blocks in the process; elsewhere there is nothing to do.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def base_of(stored: StoredAdapter) -> str:

@@ -13,7 +13,8 @@ class Options:
     """List a model's layers that can be adapted: deltaw modules MODEL
 
     Layers of one name and one shape make a row: how many there are, what an adapter of rank r adds for each and for
-    all of them, and which of the strategies (all-linear, attention, mlp, qv) choose them. No weights are read.
+    all of them, and which of the strategies (all-linear, attention, mlp, qv) choose them. No strategy chooses
+    embeddings: they are adapted where --target-modules names them. No weights are read.
     """
 
     model: str = "smollm2-135m"
@@ -41,22 +42,27 @@ def main(args: list[str]) -> int:
     for title in ("name", "shape", "count", f"adds (r={options.r})", "each", "chosen by"):
         table.add_column(title, justify="left" if title in ("name", "chosen by") else "right")
     for row in result["modules"]:
-        table.add_row(
-            row["name"],
-            f"{row['shape'][0]} × {row['shape'][1]}",
-            str(row["count"]),
-            f"{row['parameters']:,}",
-            f"{row['parameters_each']:,}",
-            ", ".join(row["strategies"]) or "–",
-        )
+        table.add_row(*_cells(row), ", ".join(row["strategies"]) or "by name only")
+    if result["embeddings"]:
+        table.add_section()
+        table.add_row("[dim]embeddings[/dim]")
+    for row in result["embeddings"]:
+        table.add_row(*_cells(row), "by name only")
     out.print(table)
     for name, total in result["strategies"].items():
         out.print(f"{name:<11} {total:>14,} parameters ({100 * total / result['total_parameters']:.3f} % of the model)")
     return 0
 
 
+def _cells(row: dict[str, Any]) -> list[str]:
+    shape = f"{row['shape'][0]} × {row['shape'][1]}"
+    return [row["name"], shape, str(row["count"]), f"{row['parameters']:,}", f"{row['parameters_each']:,}"]
+
+
 def describe(options: Options) -> dict[str, Any]:
     """Rows and totals as plain JSON values."""
+    from torch import nn
+
     from ..config import STRATEGIES, LoraConfig
     from ..errors import UserError
     from ..nn.inject import head_name, linear_names, logical_modules
@@ -73,31 +79,33 @@ def describe(options: Options) -> dict[str, Any]:
             chosen[strategy] = choose(config, list(modules), linear, head=head)
         except UserError:  # a model without such layers
             chosen[strategy] = []
-    rows: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
-    added: dict[str, int] = {}
-    for name in linear:
-        weight = frozen_weight(modules[name])
-        shape = (weight.out_features, weight.in_features)
-        added[name] = options.r * sum(shape)
-        row = rows.setdefault(
-            (name.rpartition(".")[2], shape),
-            {
-                "name": name.rpartition(".")[2],
-                "shape": list(shape),
-                "count": 0,
-                "parameters": 0,
-                "parameters_each": added[name],
-                "strategies": [s for s in STRATEGIES if name in chosen[s]],
-                "modules": [],
-            },
-        )
-        row["count"] += 1
-        row["parameters"] += added[name]
-        row["modules"].append(name)
+    weights = {name: frozen_weight(modules[name]) for name in linear}
+    shapes = {name: (weight.out_features, weight.in_features) for name, weight in weights.items()}
+    tables = {n: (m.num_embeddings, m.embedding_dim) for n, m in modules.items() if isinstance(m, nn.Embedding)}
     return {
         "model": options.model,
         "r": options.r,
         "total_parameters": sum(p.numel() for p in model.parameters()),
-        "modules": list(rows.values()),
-        "strategies": {s: sum(added[n] for n in names) for s, names in chosen.items() if names},
+        "modules": _rows(shapes, options.r, chosen),
+        "embeddings": _rows(tables, options.r, chosen),
+        "strategies": {s: options.r * sum(sum(shapes[n]) for n in names) for s, names in chosen.items() if names},
     }
+
+
+def _rows(shapes: dict[str, tuple[int, int]], r: int, chosen: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """One row for all modules of one last name and one shape; A and B of rank r add r · (the shape's sum) to each."""
+    alike: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for name, shape in shapes.items():
+        alike.setdefault((name.rpartition(".")[2], shape), []).append(name)
+    return [
+        {
+            "name": last,
+            "shape": list(shape),
+            "count": len(names),
+            "parameters": r * sum(shape) * len(names),
+            "parameters_each": r * sum(shape),
+            "strategies": [strategy for strategy, those in chosen.items() if names[0] in those],
+            "modules": names,
+        }
+        for (last, shape), names in alike.items()
+    ]

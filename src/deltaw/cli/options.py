@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import tyro
 
 from ..errors import UserError
+from .program import command
 
 Options = TypeVar("Options")
 
@@ -32,7 +33,7 @@ def parse(kind: type[Options], verb: str, args: list[str], *, negatable: bool = 
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(kind, prog=f"deltaw {verb}", args=args, config=config)
     except SystemExit:
-        raise UserError(f"{_gist(complaint.getvalue())}; see deltaw {verb} --help") from None
+        raise UserError(f"{_gist(complaint.getvalue())}; see {command(verb, '--help')}") from None
     finally:
         os.environ.pop("COLUMNS")
         if width is not None:

@@ -28,6 +28,7 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=err,
             transient=True,
+            disable=not err.is_terminal,  # a file would get an empty line
         )
         self._task = self._progress.add_task("training", total=None, facts="")
         self._loss: float | None = None

@@ -22,8 +22,10 @@ err = Console(stderr=True, highlight=False)
 
 def quiet_libraries() -> None:
     """Our own remarks to the screen; those of the libraries below only when they are errors."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
+    hub_logging.set_verbosity_error()  # else a line for every try where there is no network
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
@@ -38,7 +40,7 @@ def quiet_libraries() -> None:
 def counted(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for work that reports (done, total); gone when the work is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..train.options import TrainOptions
 from .options import parse, yaml_args
+from .program import command
 
 if TYPE_CHECKING:
     from ..train.events import Event
@@ -108,7 +109,7 @@ def _report(summary: dict[str, Any], options: TrainOptions, *, as_json: bool) ->
     table.add_row("written", escape(f"{options.out} ({sizes})"))
     out.print(table)
     if summary["status"] != "interrupted" and not options.full:
-        out.print(f"Next: deltaw chat --adapter {options.out}", markup=False, soft_wrap=True)
+        out.print(f"Next: {command('chat', '--adapter', options.out)}", markup=False, soft_wrap=True)
 
 
 def _preview(options: TrainOptions, *, as_json: bool) -> int:
@@ -116,15 +117,15 @@ def _preview(options: TrainOptions, *, as_json: bool) -> int:
     from rich.text import Text
 
     from ..data.render import preview
-    from ..train.run import data_warnings, prepare
+    from ..train.prepare import data_warnings, prepare_data
     from .screen import counted, out, print_json
 
-    prepared = prepare(options, counted)
-    examples = prepared.train.examples
-    shown = [(tokens, preview(tokens, prepared.tokenizer)) for tokens in examples[: options.preview]]
+    data = prepare_data(options, counted)
+    examples = data.train.examples
+    shown = [(tokens, preview(tokens, data.tokenizer)) for tokens in examples[: options.preview]]
     if as_json:
         previews = [{**dataclasses.asdict(tokens), "pieces": pieces} for tokens, pieces in shown]
-        print_json({"examples": previews, "warnings": data_warnings(prepared)})
+        print_json({"examples": previews, "warnings": data_warnings(data)})
         return 0
     for tokens, pieces in shown:
         cut = f", {tokens.num_truncated} cut off" if tokens.num_truncated else ""
@@ -143,7 +144,7 @@ def _preview(options: TrainOptions, *, as_json: bool) -> int:
         f"Lengths: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}.",
         markup=False,
     )
-    for message in data_warnings(prepared):
+    for message in data_warnings(data):
         out.print(message, style="yellow", markup=False)
     return 0
 

@@ -82,11 +82,18 @@ def check_tools(chat: Chat, tokenizer: Tokenizer) -> None:
 
 
 def turn_spans(chat: Chat, tokenizer: Tokenizer, text: str) -> list[Span]:
+    """Where in ``text``, the rendered conversation, the assistant's turns lie that are to be learnt."""
+    turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     ends = _end_tokens(tokenizer, text)
     spans = _prefix_spans(chat, tokenizer, text)
     if spans is None:
-        spans = _generation_spans(chat, tokenizer) or _searched_spans(chat, tokenizer, text, ends)
-    return [_settle(text, span, ends) for span in spans]
+        spans = _generation_spans(chat, tokenizer)
+        if not spans or (chat.unsupervised and len(spans) != len(turns)):  # a template may mark a turn in parts
+            spans = _searched_spans(chat, tokenizer, text, ends)
+    settled = [_settle(text, span, ends) for span in spans]
+    if not chat.unsupervised:
+        return settled
+    return [span for turn, span in zip(turns, settled, strict=True) if turn not in chat.unsupervised]
 
 
 def _prefix_spans(chat: Chat, tokenizer: Tokenizer, text: str) -> list[Span] | None:

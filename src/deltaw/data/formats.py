@@ -5,12 +5,13 @@ that names the first bad lines. No row is ever dropped, filled in or repaired si
 
 What a row may be (``data_format`` names one; "auto" tells them apart, in this order; ? means optional):
 
-- chat         ``messages`` [{role, content, tool_calls?}] or ShareGPT's ``conversations``; ``tools``?
+- chat         ``messages`` [{role, content, tool_calls?, weight?}] or ShareGPT's ``conversations``; ``tools``?
 - prompt       ``prompt`` + ``completion``: two strings (a raw continuation) or two message lists (a chat)
 - instruction  ``instruction`` + ``output`` (or ``response``), ``input`` (or ``context``)?, ``system``?
 - text         ``text``
 
-Other keys (ids, sources) are ignored. One file holds one format.
+Other keys (ids, sources) are ignored. One file holds one format. An assistant's turn is learnt unless its ``weight``
+is 0 (OpenAI's key) or it stands in a ``prompt``.
 
 Left out: images and audio, preference pairs, data larger than memory, tokenisation (see ``render``).
 """
@@ -47,6 +48,8 @@ class Chat:
     """As chat templates take them; contents are strings (None only beside tool_calls), arguments dicts."""
     tools: tuple[dict[str, Any], ...] = ()
     """JSON schemas of the functions the assistant may call."""
+    unsupervised: frozenset[int] = frozenset()
+    """Indices of the assistant's turns that are context only; there is at least one other."""
     origin: str
     """Where it came from, for error messages: "data.jsonl:17"."""
 
@@ -74,8 +77,8 @@ Example: TypeAlias = Chat | Completion | Text
 def load_examples(source: Source, *, data_format: str = "auto", split: str = "train") -> list[Example]:
     """All examples of ``source``: a path, a hub id ("owner/name" or "owner/name:config"), or a list of dicts.
 
-    ``split`` is for hub data sets only. Raises UserError when the source cannot be read, is empty, mixes
-    formats, or has any bad row.
+    ``split`` is for hub data sets only ("test", "train[:90%]"). Raises UserError when the source cannot be read, is
+    empty, mixes formats, or has any bad row.
     """
     if data_format != "auto" and data_format not in EXPECTED_KEYS:
         known = ", ".join(["auto", *EXPECTED_KEYS])
@@ -154,7 +157,7 @@ def _parse_chat(row: Row, origin: str) -> Chat:
 def _parse_prompt(row: Row, origin: str) -> Chat | Completion:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat([*prompt, *completion], row, origin)
+        return _chat([*prompt, *completion], row, origin, num_context=len(prompt))
     return Completion(prompt=_string(row, "prompt"), completion=_string(row, "completion"), origin=origin)
 
 
@@ -202,7 +205,8 @@ def _unquoted(value: Any, key: str) -> Any:
         raise BadRow(f"{key} is a string that is not JSON ({error})") from error
 
 
-def _chat(turns: Any, row: Row, origin: str) -> Chat:
+def _chat(turns: Any, row: Row, origin: str, *, num_context: int = 0) -> Chat:
+    """``num_context``: so many turns at the beginning are not learnt."""
     if not isinstance(turns, list) or not turns:
         what = "empty" if turns == [] else _kind(turns)
         raise BadRow(f"messages is {what}, expected a list of role and content")
@@ -210,16 +214,33 @@ def _chat(turns: Any, row: Row, origin: str) -> Chat:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("tools is not a list of JSON schemas")
     messages = tuple(_message(turn, f"message {number}") for number, turn in enumerate(turns, 1))
-    if not any(message["role"] == "assistant" for message in messages):
+    weights = [_weight(message, f"message {number}") for number, message in enumerate(messages, 1)]
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    unsupervised = frozenset(index for index in answers if index < num_context or not weights[index])
+    if not answers:
         raise BadRow("no assistant turn, so nothing to learn from")
-    return Chat(messages=messages, tools=tuple(tools), origin=origin)
+    if len(unsupervised) == len(answers):
+        why = "stands in the prompt" if num_context else "has weight 0"
+        raise BadRow(f"every assistant turn {why}, so nothing to learn from")
+    return Chat(messages=messages, tools=tuple(tools), unsupervised=unsupervised, origin=origin)
+
+
+def _weight(message: Message, place: str) -> int:
+    """Take OpenAI's ``weight`` off a message: 1 where the assistant's turn is learnt."""
+    is_answer = message["role"] == "assistant"
+    weight = message.pop("weight", int(is_answer))
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise BadRow(f"{place} has weight {weight!r:.60}; expected 0 (not learnt) or 1 (learnt)")
+    if weight and not is_answer:
+        raise BadRow(f"{place} has weight 1, but only the assistant's turns are learnt; give it 0 or no weight")
+    return int(weight)
 
 
 def _message(turn: Any, place: str) -> Message:
     if not isinstance(turn, dict):
         raise BadRow(f"{place} is {_kind(turn)}, expected an object with role and content")
     if "from" in turn and "role" not in turn:
-        turn = _from_sharegpt(turn)
+        turn = _from_sharegpt(turn) | {"weight": turn.get("weight")}
     if turn.get("role") not in ROLES:
         known = ", ".join(ROLES)
         raise BadRow(f"{place} has the unknown role {turn.get('role')!r}; expected one of {known}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from ..errors import UserError
 
 Row: TypeAlias = Mapping[str, Any]
 Source: TypeAlias = str | Path | Sequence[Row]
+log = logging.getLogger("deltaw")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -71,6 +73,13 @@ def existing_file(source: Source) -> Path | None:
     if path.suffix.lower() in _READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", str(source)):
         raise UserError(f"{source}: no such file; check the path, or give a hub data set as owner/name")
     return None
+
+
+def split_of(source: Source, given: str | None, *, default: str, flag: str) -> str:
+    """The split to read of a hub data set: the one given, else the default. ``UserError`` for a split of a file."""
+    if given is not None and existing_file(source) is not None:
+        raise UserError(f"{flag} {given}: {source} is a file, and only hub data sets have splits; leave {flag} out")
+    return given or default
 
 
 def _read_json(path: Path) -> Iterator[Record]:
@@ -142,6 +151,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 def _read_hub(source: str, split: str) -> Iterator[Record]:
     repository, _, config = source.partition(":")
+    log.info("looking up the data set %s on the hub", source)
     return _read_datasets(source, repository, name=config or None, split=split)
 
 
@@ -152,9 +162,13 @@ def _read_datasets(source: str, *args: Any, **options: Any) -> Iterator[Record]:
         for number, row in enumerate(datasets.load_dataset(*args, **options), 1):
             yield f"row {number}", _without_nulls(row)
     except Exception as error:  # a dozen kinds: network, access, unknown split or config, corrupt Parquet
-        what = "Parquet file" if options.get("streaming") else "file or hub data set"
-        why = str(error).partition("\n")[0]
-        raise UserError(f"{source}: no readable {what} ({why}); check the name and the split") from error
+        why = " ".join(str(error).split())[:300]  # the second line may list the configs that there are
+        if options.get("streaming"):
+            raise UserError(f"{source}: no readable Parquet file ({why}); check the file") from error
+        raise UserError(
+            f"{source}: no readable file or hub data set, split {options['split']} ({why}); check the path, or the "
+            "hub's name (owner/name, or owner/name:config) and the split (--data-split or --eval-split)"
+        ) from error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -3,7 +3,8 @@
 Job: render an example to one text, tokenise that text once, and mark the tokens the model is to predict.
 
 - Chat: the tokenizer's own chat template. It writes BOS if the model wants one, so none is added. Targets are
-  the assistant's turns up to and including the token that ends them, never the scaffolding behind it.
+  the assistant's turns (but those of weight 0) up to and including the token that ends them, never the scaffolding
+  behind it.
 - Chat without a template (base models): "### System:", "### User:", "### Assistant:" and "### Tool:", each on
   a line above its text, an empty line between turns, EOS straight after every assistant text.
 - Completion: prompt + completion + EOS; completion and EOS are targets.
@@ -88,8 +89,8 @@ def render_all(
     if not kept:
         first = unsupervised[0].origin if unsupervised else "an empty list"
         raise UserError(
-            f"nothing to learn: none of {len(examples)} examples has a supervised token within max length "
-            f"{max_length}, the first is {first}; raise --max-length or use --loss-on all"
+            f"nothing is supervised: none of {len(examples)} examples has a part of an answer within --max-length "
+            f"{max_length} (first: {first}); raise it, or count all tokens with --loss-on all"
         )
     everything = [*kept, *unsupervised]
     return Rendered(
@@ -128,14 +129,15 @@ def render(
 
 
 def prompt_ids(example: Example, tokenizer: Tokenizer) -> tuple[list[int], str]:
-    """For evaluation by generation: the ids up to the last answer, and the text wanted there."""
+    """For evaluation by generation: the ids up to the last answer that is to be learnt, and the text wanted there."""
     match example:
         case Text():
             raise UserError(f"{example.origin}: a text has no prompt to generate from; use a chat or prompt format")
         case Completion():
             text, wanted = example.prompt, example.completion
         case Chat():
-            last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+            turns = (i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+            last = max(i for i in turns if i not in example.unsupervised)
             text = chat_text(example, tokenizer, last, is_prompt=True)
             wanted = example.messages[last].get("content") or ""
     ids, _ = _tokenise(text, tokenizer, example.origin, is_templated=_is_templated(example, tokenizer))
