@@ -83,12 +83,16 @@ def test_a_mixed_batch_takes_one_frozen_product_a_module(mixed, six, monkeypatch
         return multiply(self, x, bias)
 
     model(input_ids=six, adapter_names=ROWS)  # DoRA's norms, products of their own, are taken here
-    for _, layer in adapted_layers(model.base_model):
+    for _, layer in adapted_layers(model.get_base_model()):
         layer.adapters.requires_grad_(False)
     model(input_ids=six, adapter_names=ROWS)
     monkeypatch.setattr(frozen.DenseWeight, "multiply", counted)
     model(input_ids=six, adapter_names=ROWS)
-    assert products == [six.numel()] * sum(1 for _ in adapted_layers(model.base_model))
+    num_modules = sum(1 for _ in adapted_layers(model.get_base_model()))
+    assert products == [six.numel()] * num_modules
+    products.clear()
+    model.generate(input_ids=six, adapter_names=ROWS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert products == [six.numel()] * num_modules + [len(six)] * 2 * num_modules  # prefill, then a token each
 
 
 def test_gradients_of_a_mixed_batch_are_those_of_its_rows(mixed, six):
@@ -173,7 +177,7 @@ def test_gradient_checkpointing_changes_no_gradient(mixed, six, names, dropout):
     plain = _gradients(model, six, names)
     model.activation_checkpointing_enable()
     runs = []
-    hook = next(m for _, m in adapted_layers(model.base_model)).register_forward_hook(lambda *_: runs.append(1))
+    hook = next(m for _, m in adapted_layers(model.get_base_model())).register_forward_hook(lambda *_: runs.append(1))
     checkpointed = _gradients(model, six, names)
     hook.remove()
     assert len(runs) == 2  # it did run again
@@ -258,7 +262,7 @@ def test_the_wrapper_answers_for_its_model(mixed, six):
         _ = model.nonsense
     twin = copy.deepcopy(model)
     assert torch.equal(twin(input_ids=six).logits, model(input_ids=six).logits)
-    assert isinstance(next(m for _, m in adapted_layers(twin.base_model)), AdaptedLinear)
+    assert isinstance(next(m for _, m in adapted_layers(twin.get_base_model())), AdaptedLinear)
 
 
 def test_classification_heads_train_whole_without_touching_the_config():

@@ -3,20 +3,47 @@
 import subprocess
 import sys
 
+import peft
 import pytest
 
 import deltaw
+import deltaw.optimizers
 
 
 def test_the_public_names_are_these():
-    assert sorted(deltaw.__all__) == [
+    assert deltaw.__all__ == [
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+        "EvaConfig",
+        "LoftQConfig",
         "LoraConfig",
+        "LoraModel",
         "PeftConfig",
         "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "PeftType",
         "TaskType",
         "UserError",
+        "create_loraplus_optimizer",
+        "get_eva_state_dict",
         "get_peft_model",
+        "get_peft_model_state_dict",
+        "initialize_lora_eva_weights",
+        "inject_adapter_in_model",
         "load_base",
+        "load_peft_weights",
+        "prepare_model_for_kbit_training",
+        "set_peft_model_state_dict",
     ]
     assert dir(deltaw) == deltaw.__all__
 
@@ -26,6 +53,20 @@ def test_every_public_name_resolves_and_no_other():
         assert getattr(deltaw, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = deltaw.nonsense
+    assert not hasattr(deltaw, "nonsense")
+    assert deltaw.optimizers.create_loraplus_optimizer is deltaw.create_loraplus_optimizer
+
+
+def test_names_that_peft_has_are_here_or_refused_by_name():
+    for name in set(peft.__all__) - set(deltaw.__all__):
+        kind = getattr(peft, name)
+        if isinstance(kind, type) and name.endswith(("Config", "Model")):
+            with pytest.raises(ImportError, match=f"deltaw has no {name}[:;]"):
+                getattr(deltaw, name)
+    with pytest.raises(ImportError, match="deltaw has no PromptTuningConfig: adapters are low-rank here"):
+        from deltaw import PromptTuningConfig  # noqa: F401
+    with pytest.raises(ImportError, match="deltaw has no get_layer_status; docs/coming-from-peft"):
+        from deltaw import get_layer_status  # noqa: F401
 
 
 def test_import_and_config_load_neither_torch_nor_transformers():

@@ -33,6 +33,9 @@ class Batch:
     """One adapter name for each item of the batch (``BASE`` for none); None: whatever is active."""
     dropout: DropoutKey | None = None
     """Where dropout masks come from; None: a fresh key from torch's generator at each layer."""
+    counts_changes: bool = False
+    """Whether whoever trains counts every change of a weight (in torch's ``_version``), which fused optimisers do not
+    by themselves: then what was derived from weights may be kept from one forward to the next."""
 
     def runs(self, num_rows: int) -> Iterator[tuple[slice, str]]:
         """(rows, adapter) for neighbours with one adapter, base included, where a layer sees ``num_rows`` rows.

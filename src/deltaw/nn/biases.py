@@ -23,11 +23,10 @@ class TrainedBiases:
         """Put the adapter's values (on) or the base's (off) into the model; the others are kept here."""
         if on == self.is_in_place:
             return
+        mine = {name: p.detach().clone() for name, p in self.parameters.items()}  # all first: two may be one (tied)
         for name, parameter in self.parameters.items():
-            mine = parameter.detach().clone()
             parameter.data.copy_(self._other[name])
-            self._other[name] = mine
-        self.is_in_place = on
+        self._other, self.is_in_place = mine, on
 
     def train(self, trainable: bool) -> None:
         for parameter in self.parameters.values():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..ops.frozen import FrozenWeight
+from .batch import current_batch
 
 _ENTRIES_AT_A_TIME = 2**24
 """Entries of W that are cast to float32 together when ‖W_n‖² is taken: 64 MB, whether rows are short or as long as a
@@ -51,8 +52,9 @@ def adapted_norm(weight: FrozenWeight, norms_squared_N: Tensor, a_RK: Tensor, b_
 class NormCache:
     """``adapted_norm`` of one adapter in one layer, computed again only when a tensor behind it has changed.
 
-    While the factors train nothing is kept: fused optimisers change them without torch counting it. Frozen ones must
-    not be changed through ``.data``, which isn't counted either.
+    While the factors train nothing is kept, unless the batch says that changes are counted (``Batch.counts_changes``):
+    fused optimisers change them without torch counting it. In training of ours the norm is computed once a step, however
+    many micro-batches there are. Frozen ones must not be changed through ``.data``, which isn't counted either.
     """
 
     def __init__(self) -> None:
@@ -78,7 +80,8 @@ class NormCache:
         if of is None or not (of[0].is_still(a_RK) and of[1].is_still(b_NR) and of[2] == s):
             norm_N = adapted_norm(weight, self._base, *(joined() if joined else (a_RK, b_NR)), s)
             self._norm, self._norm_of = norm_N.masked_fill_(norm_N == 0, 1), (_Seen(a_RK), _Seen(b_NR), s)
-        if a_RK.requires_grad or b_NR.requires_grad:
+        facts = current_batch()
+        if (a_RK.requires_grad or b_NR.requires_grad) and not (facts is not None and facts.counts_changes):
             self._norm_of = None
         return self._norm
 

@@ -45,8 +45,9 @@ class SavedModule(nn.Module):
         facts = current_batch()
         if facts is None or facts.adapters is None:
             return self.in_use()(x, *args, **kwargs)
+        along = 0 if facts.lengths is None else 1  # examples that lie end to end are one row of tokens
         parts = []
-        for rows, name in facts.runs(x.shape[0]):
+        for rows, name in facts.runs(x.shape[along]):
             module = self.copies[name] if name != BASE and name in self.copies else self.base_layer
-            parts.append(module(x[rows], *args, **kwargs))
-        return torch.cat(parts)
+            parts.append(module(x.narrow(along, rows.start, rows.stop - rows.start), *args, **kwargs))
+        return torch.cat(parts, along)
