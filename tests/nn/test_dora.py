@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import deltaw
+from deltaw.nn.batch import Batch, batch
 from deltaw.nn.dora import NormCache, adapted_norm, row_norms_squared
 from deltaw.nn.inject import adapted_layers, inject
 from deltaw.ops.frozen import DenseWeight
+from deltaw.train.optim import AdamW
 
 
 def _rand(*shape, seed=0):
@@ -108,6 +110,21 @@ def test_nothing_is_computed_twice_while_nothing_changes(monkeypatch):
     monkeypatch.setattr("deltaw.nn.dora.adapted_norm", None)
     monkeypatch.setattr("deltaw.nn.dora.row_norms_squared", None)
     assert cache.norm(weight, w, a, b, 1.0) is first
+
+
+def test_where_changes_are_counted_training_computes_the_norm_once_a_step(layer, monkeypatch):
+    adapter, computed = layer.adapter("default"), []
+    monkeypatch.setattr("deltaw.nn.dora.adapted_norm", lambda *given: computed.append(1) or adapted_norm(*given))
+    optimizer = AdamW({"a.lora_A": adapter.lora_A, "a.lora_B": adapter.lora_B}, weight_decay=0.0)
+    for step in range(2):
+        for _ in range(3):
+            with batch(Batch(counts_changes=True)):
+                layer(_rand(3, 32)).square().sum().backward()
+        assert len(computed) == step + 1
+        optimizer.step(0.1)
+    layer(_rand(3, 32))
+    layer(_rand(3, 32))
+    assert len(computed) == 4  # nobody counts here
 
 
 def test_training_in_between_leaves_no_old_norm_behind(layer):
