@@ -80,7 +80,7 @@ def test_everything_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
     real = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("rename", b.name)), real(a, b)))
     replace_files(tmp_path, {"a": lambda s: s.write_text("1"), "b": lambda s: s.write_text("2")})
-    assert [kind for kind, _ in events] == ["sync", "sync", "rename", "rename", "sync"]
+    assert [kind for kind, _ in events] == ["sync", "sync", "rename", "sync", "rename", "sync"]
 
 
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):

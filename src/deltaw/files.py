@@ -19,7 +19,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]])
     """``replace_file`` for files of one folder that belong together: all are written before the first is replaced.
 
     Where one can't be put in place, those before it are put back. Only a machine that stops between two renames
-    leaves files of two generations, each whole.
+    leaves files of two generations, each whole: the first ones new, the others' new generation still ``left_over``.
     """
     scratch: dict[str, Path] = {}
     old: dict[str, Path] = {}
@@ -33,6 +33,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]])
             old = _second_names(folder, writers)
         for name, new in scratch.items():
             os.replace(new, folder / name)
+            _sync(folder)  # renames reach the disk in their order
     except BaseException:
         for name, kept in old.items():
             os.replace(kept, folder / name)
@@ -40,7 +41,11 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]])
     finally:
         for path in [*scratch.values(), *old.values()]:
             path.unlink(missing_ok=True)
-    _sync(folder)
+
+
+def left_over(path: Path) -> Iterator[Path]:
+    """What was to take ``path``'s place, or to keep it, when its machine stopped."""
+    return (file for file in path.parent.glob(f".{path.name}.*") if file.is_file())
 
 
 def replace_text(path: Path, text: str) -> None:

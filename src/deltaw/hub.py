@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def resolve_file(path: str | Path, name: str, **hub: Any) -> Path:
     if has_file:
         return folder / name
     if is_folder:
-        raise UserError(f"{folder} is not an adapter: it has no {name} (found {found or 'nothing'})")
+        lacks = f"its {name} is no file" if os.path.lexists(folder / name) else f"it has no {name}"
+        raise UserError(f"{folder} is not an adapter: {lacks} (found {found or 'nothing'})")
     if is_there or len(folder.parts) != 2 or str(path).startswith((".", "/", "~")):
         what = "a file" if is_there else "no such folder"
         raise UserError(f"{path}: {what}; expected a folder with {name}, or a hub id like owner/name")
