@@ -10,21 +10,22 @@ computes P again from q, k and v (FlashAttention, Dao et al. 2022, §3.1), with 
 what is saved grows with T and not with L².
 
 Shapes: T tokens, N query heads, G key/value heads (N a multiple of G: grouped-query attention, Ainslie et al. 2023),
-D head size, L rows of one example. Left out: attention dropout (the base is frozen and runs as in evaluation), and
-attention in both directions.
+D head size (v's and o's may be another), L rows of one example. Left out: attention dropout (the base is frozen and
+runs as in evaluation), and attention in both directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 512
-"""Query rows at a time: long examples skip the half of the scores that causality hides."""
+BLOCK_ROWS = 128
+"""Query rows at a time: most of the scores that causality hides are skipped, and products stay large enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,9 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_NTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, lengths: tuple[int, ...], masking: Masking
     ) -> Tensor:
-        num_heads, num_tokens, size = q_NTD.shape
+        num_heads, num_tokens, _ = q_NTD.shape
         groups = k_GTD.shape[0]
-        o_TND = q_NTD.new_empty(num_tokens, num_heads, size)
+        o_TND = q_NTD.new_empty(num_tokens, num_heads, v_GTD.shape[-1])
         for rows, keys in _blocks(lengths, masking.window):
             p, _ = _probabilities(_fold(q_NTD[:, rows], groups), k_GTD[:, keys], rows, keys, masking)
             o_TND[rows] = _unfold(p @ v_GTD[:, keys], num_heads).transpose(0, 1)
@@ -97,13 +98,13 @@ class _PackedAttention(torch.autograd.Function):
             o = _fold(o_TND[rows].transpose(0, 1), groups)
             p, bend = _probabilities(q, k, rows, keys, masking)
             dv_GTD[:, keys] += p.transpose(1, 2) @ do
-            ds = (do @ v.transpose(1, 2)).sub_((do * o).sum(-1, keepdim=True)).mul_(p)
+            minus_delta = (do * o).sum(-1, keepdim=True).neg_()
+            ds = torch.baddbmm(minus_delta, do, v.transpose(1, 2)).mul_(p)
             if bend is not None:
                 ds.mul_(bend)
-            ds.mul_(masking.scaling)
             dq_NTD[:, rows] = _unfold(ds @ k, num_heads)
             dk_GTD[:, keys] += ds.transpose(1, 2) @ q
-        return dq_NTD, dk_GTD, dv_GTD, None, None
+        return dq_NTD.mul_(masking.scaling), dk_GTD.mul_(masking.scaling), dv_GTD, None, None
 
 
 def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[slice, slice]]:
@@ -120,25 +121,29 @@ def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[slice,
 def _probabilities(q: Tensor, k: Tensor, rows: slice, keys: slice, masking: Masking) -> tuple[Tensor, Tensor | None]:
     """P [G, N/G·L, keys] in q's dtype, and the softcap's derivative where there is one.
 
-    Softmax runs in float32 at least, as the models' own attention does.
+    The mask is what the product of q and k is added to: filling scores afterwards costs as much as the product. Softmax
+    sums in float32 whatever its input.
     """
-    scores = (q @ k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)).mul_(masking.scaling)
-    bend = None
-    if masking.softcap is not None:
-        tanh = scores.div_(masking.softcap).tanh_()
-        bend = (1 - tanh * tanh).to(q.dtype)
-        scores = tanh.mul(masking.softcap)
     num_rows = rows.stop - rows.start
-    hidden = _hidden(rows, keys, masking.window).to(q.device)
-    by_row = scores.view(scores.shape[0], -1, num_rows, scores.shape[-1])
-    by_row.masked_fill_(hidden, float("-inf"))
-    return scores.softmax(-1).to(q.dtype), bend
+    mask = _mask(num_rows, keys.stop - keys.start, masking.window, q.dtype, q.device).repeat(q.shape[1] // num_rows, 1)
+    if masking.softcap is None:
+        return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=masking.scaling).softmax(-1), None
+    scores = (q @ k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
+    tanh = scores.mul_(masking.scaling / masking.softcap).tanh_()
+    bend = (1 - tanh * tanh).to(q.dtype)
+    return tanh.mul_(masking.softcap).add_(mask).softmax(-1).to(q.dtype), bend
 
 
-def _hidden(rows: slice, keys: slice, window: int | None) -> Tensor:
-    """Boolean [rows, keys]: True where the key comes later, or is too old for the window."""
-    age = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(keys.start, keys.stop)
-    return age < 0 if window is None else (age < 0) | (age >= window)
+@lru_cache(maxsize=64)
+def _mask(num_rows: int, num_keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, keys]: 0 where a row sees a key, −∞ where the key comes later or is too old for the window.
+
+    The last row stands at the last key. A model's layers ask for the same masks one after the other.
+    """
+    age = torch.arange(num_keys - num_rows, num_keys, device=device)[:, None] - torch.arange(num_keys, device=device)
+    hidden = age < 0 if window is None else (age < 0) | (age >= window)
+    with torch.inference_mode(False):  # kept for forwards that may want gradients
+        return torch.zeros(num_rows, num_keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def _fold(x_NLD: Tensor, groups: int) -> Tensor:

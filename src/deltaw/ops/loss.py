@@ -3,9 +3,9 @@
 Only rows that predict a supervised token reach the head. They go through it in chunks, and the gradient with respect
 to the hidden states is formed on the way, while a chunk's logits are at hand:
 
-    ℓ = Σ_s [logΣexp(h_s·Wᵀ) - h_s·w_target]        dh_s = (softmax(h_s·Wᵀ) - onehot_s)·W
+    p_s = softmax(h_s·Wᵀ) = exp(h_s·Wᵀ)/z_s        ℓ = Σ_s [log z_s - h_s·w_target]        dh_s = (p_s - onehot_s)·W
 
-so the memory held is one chunk of logits, and backward is a multiplication (cut cross-entropy, Wijmans et al. 2024,
+(log z from the largest entry of p, which is never small). So the memory held is one chunk of logits, and backward is a multiplication (cut cross-entropy, Wijmans et al. 2024,
 and Liger, Hsu et al. 2024, have the idea; here the head is frozen, so its own gradient is not formed at all).
 
 The loss is a sum. Dividing it by the supervised tokens of the whole optimiser step is the caller's, since only the
@@ -25,7 +25,10 @@ from torch import Tensor
 from .frozen import FrozenWeight
 
 CHUNK_BYTES = 32 * 2**20
-"""Float32 logits of one chunk: small enough to stay near the cache, large enough to keep the products busy."""
+"""Float32 logits of one chunk: the memory held, and large enough to keep the products busy."""
+
+BLOCK_ROWS = 32
+"""Rows of logits that are turned into their gradient together, so that what lies between stays in the cache."""
 
 
 def frozen_cross_entropy(
@@ -63,13 +66,16 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_S), chunk):
             rows = slice(start, start + chunk)
             targets = targets_S[rows, None]
-            logits = head.multiply(hidden_SH[rows], bias_V).to(accurate)
-            log_z = logits.logsumexp(1, keepdim=True)
-            total += (log_z - logits.gather(1, targets)).sum()
+            logits = head.multiply(hidden_SH[rows], bias_V)
+            for part, wanted in zip(logits.split(BLOCK_ROWS), targets.split(BLOCK_ROWS), strict=True):
+                p = part.softmax(1, dtype=accurate)
+                largest, at = p.max(1, keepdim=True)
+                log_z = part.gather(1, at).to(accurate) - largest.log_()
+                total += (log_z - part.gather(1, wanted)).sum()
+                if grad_SH is not None:
+                    part.copy_(p.scatter_add_(1, wanted, p.new_full(wanted.shape, -1.0)))
             if grad_SH is not None:
-                p = logits.sub_(log_z).exp_()
-                p.scatter_add_(1, targets, p.new_full(targets.shape, -1.0))
-                grad_SH[rows] = head.multiply_transposed(p.to(hidden_SH.dtype))
+                grad_SH[rows] = head.multiply_transposed(logits)
         ctx.save_for_backward(grad_SH)
         return total
 
