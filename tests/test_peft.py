@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import deltaw
 from deltaw.nn.batch import checkpoint_context
-from deltaw.nn.inject import adapted_layers
 from deltaw.nn.linear import AdaptedLinear
+from deltaw.nn.walk import adapted_layers
 from deltaw.ops import frozen
 
 ROWS = ["a", "__base__", "d", "a", "b", "__base__"]

@@ -7,7 +7,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 import deltaw
-from deltaw.nn.inject import adapted_layers, head_name, inject, linear_names, logical_modules
+from deltaw.nn.inject import inject
+from deltaw.nn.walk import adapted_layers, head_name, linear_names, logical_modules
 from deltaw.targets import choose, compact
 
 NAMES = {

@@ -13,8 +13,10 @@ from deltaw.adapters.blend import METHODS, Part, Recipe, blend, blend_parts, com
 from deltaw.adapters.merge import merge, merge_and_unload, merged_names
 from deltaw.adapters.peft_format import adapter_tensors, load_adapter, save_adapter
 from deltaw.errors import UserError
-from deltaw.nn.inject import activate, adapted_layers, inject, saved_modules, state_of
+from deltaw.nn.inject import activate, inject
 from deltaw.nn.lowrank import LowRank
+from deltaw.nn.state import state_of
+from deltaw.nn.walk import adapted_layers, saved_modules
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to", "ignore:Model (has|with) `tie_word_embeddings", "ignore:Adapter name 'a'"

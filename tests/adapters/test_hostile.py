@@ -20,7 +20,8 @@ import deltaw
 from deltaw.adapters.peft_format import PICKLED_NAME, WEIGHTS_NAME, load_adapter, read_adapter, save_adapter
 from deltaw.config import CONFIG_NAME, read_config
 from deltaw.errors import UserError
-from deltaw.nn.inject import activate, adapted_layers, inject
+from deltaw.nn.inject import activate, inject
+from deltaw.nn.walk import adapted_layers
 from deltaw.targets import choose
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -15,9 +15,11 @@ from deltaw.adapters.peft_format import adapter_tensors, load_adapter, save_adap
 from deltaw.errors import UserError
 from deltaw.nn import bnb
 from deltaw.nn.batch import Batch, batch
-from deltaw.nn.inject import activate, adapted_layers, inject, restore, state_of
+from deltaw.nn.inject import activate, inject, restore
 from deltaw.nn.load import BaseInfo, base_info
 from deltaw.nn.lowrank import LowRank
+from deltaw.nn.state import state_of
+from deltaw.nn.walk import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to", "ignore:Model (has|with) `tie_word_embeddings"

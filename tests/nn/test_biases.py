@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import deltaw
-from deltaw.nn.inject import activate, inject, restore, state_of
+from deltaw.nn.inject import activate, inject, restore
+from deltaw.nn.state import state_of
 
 
 def _biases(model):

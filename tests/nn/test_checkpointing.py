@@ -7,7 +7,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import deltaw
 from deltaw.nn.attention import use_packed_attention
 from deltaw.nn.batch import Batch, batch, checkpoint_context
-from deltaw.nn.inject import adapted_layers, inject
+from deltaw.nn.inject import inject
+from deltaw.nn.walk import adapted_layers
 from deltaw.ops.dropout import DropoutKey
 
 FACTS = {

@@ -6,7 +6,8 @@ import torch
 import deltaw
 from deltaw.nn.batch import Batch, batch
 from deltaw.nn.dora import NormCache, adapted_norm, row_norms_squared
-from deltaw.nn.inject import adapted_layers, inject
+from deltaw.nn.inject import inject
+from deltaw.nn.walk import adapted_layers
 from deltaw.ops.frozen import DenseWeight
 from deltaw.train.optim import AdamW
 

@@ -16,7 +16,9 @@ from deltaw.nn.eva import (
     initialize_lora_eva_weights,
     start_from_data,
 )
-from deltaw.nn.inject import adapted_layers, inject, state_of
+from deltaw.nn.inject import inject
+from deltaw.nn.state import state_of
+from deltaw.nn.walk import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to", "ignore:lora with eva initialization used with low_cpu"

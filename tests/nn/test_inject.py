@@ -8,8 +8,11 @@ from torch import nn
 
 import deltaw
 from deltaw.nn import inject as inject_module
-from deltaw.nn.inject import activate, adapted_layers, inject, restore, saved_modules, state_of
+from deltaw.nn import walk as walk_module
+from deltaw.nn.inject import activate, inject, restore
 from deltaw.nn.lowrank import LowRank
+from deltaw.nn.state import state_of
+from deltaw.nn.walk import adapted_layers, saved_modules
 
 STARTS = {
     "kaiming": {},
@@ -288,7 +291,8 @@ def test_switching_does_not_walk_through_the_model(tiny, ids, monkeypatch):
     for name in "ab":
         inject(model, _config("llama", init_lora_weights=False, modules_to_save=["lm_head"]), name)
     logits = model(ids).logits
-    monkeypatch.setattr(inject_module, "logical_modules", None)
+    for module in (inject_module, walk_module):
+        monkeypatch.setattr(module, "logical_modules", None)
     activate(model, ["a"])
     assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad and "lora" in n} == {"a"}
     assert not torch.equal(model(ids).logits, logits)

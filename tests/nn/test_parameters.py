@@ -21,9 +21,10 @@ from deltaw.adapters.peft_format import adapter_tensors, load_adapter, read_adap
 from deltaw.errors import UserError
 from deltaw.nn import parameters as parameters_module
 from deltaw.nn.batch import BASE, Batch, batch, checkpoint_context
-from deltaw.nn.inject import activate, inject, restore, state_of
+from deltaw.nn.inject import activate, inject, restore
 from deltaw.nn.lowrank import Active
 from deltaw.nn.parameters import AdaptedParameters, parameter_targets
+from deltaw.nn.state import state_of
 
 # PEFT looks for the patterns' keys among modules only, and warns of those that it then applies to parameters.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")

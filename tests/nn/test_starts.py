@@ -10,8 +10,9 @@ import torch
 
 from deltaw.config import LoftQConfig, LoraConfig
 from deltaw.errors import UserError
-from deltaw.nn.inject import adapted_layers, inject
+from deltaw.nn.inject import inject
 from deltaw.nn.starts import Site, _quantised, loftq, olora, orthogonal, pissa, start_for
+from deltaw.nn.walk import adapted_layers
 from deltaw.ops.frozen import DenseWeight
 
 STARTS = [True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva"]

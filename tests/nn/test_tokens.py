@@ -11,7 +11,8 @@ from deltaw.adapters.merge import merge, merge_and_unload, unmerge
 from deltaw.adapters.peft_format import adapter_tensors, load_adapter, read_adapter, save_adapter
 from deltaw.errors import UserError
 from deltaw.nn.batch import BASE, Batch, batch
-from deltaw.nn.inject import activate, inject, restore, state_of
+from deltaw.nn.inject import activate, inject, restore
+from deltaw.nn.state import state_of
 from deltaw.nn.tokens import TokenLayer, TokenRows, TokenTarget, check_apart, token_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to", "ignore:Model has `tie_word_embeddings")

@@ -7,7 +7,8 @@ import torch
 
 from deltaw.config import LoraConfig
 from deltaw.errors import UserError
-from deltaw.nn.inject import adapted_layers, inject
+from deltaw.nn.inject import inject
+from deltaw.nn.walk import adapted_layers
 from deltaw.train import loop
 from deltaw.train.checkpoint import Progress
 from deltaw.train.events import Evaluated, Saved, Started, Stepped, Stopped, Warned, as_json

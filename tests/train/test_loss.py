@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GraniteConfig, MambaConfig
 
 from deltaw.config import LoraConfig
-from deltaw.nn.inject import adapted_layers, inject
+from deltaw.nn.inject import inject
+from deltaw.nn.walk import adapted_layers
 from deltaw.ops.dropout import DropoutKey
 from deltaw.train.evaluate import mean_loss
 from deltaw.train.forward import evaluation_mode, examine, training_mode

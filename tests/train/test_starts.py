@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deltaw.adapters.peft_format import load_adapter
-from deltaw.nn.inject import adapted_layers
 from deltaw.nn.load import load_base
+from deltaw.nn.walk import adapted_layers
 from deltaw.train.prepare import prepare
 from deltaw.train.run import make_job, run_training
 

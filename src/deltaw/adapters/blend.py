@@ -37,8 +37,10 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import UserError, short
-from ..nn.inject import AdaptedLayer, activate, adapted_layers, inject, saved_modules, state_of
+from ..nn.inject import activate, inject
 from ..nn.lowrank import LowRank
+from ..nn.state import state_of
+from ..nn.walk import AdaptedLayer, adapted_layers, saved_modules
 
 RULES = ("linear", "magnitude_prune", "dare_linear", "ties", "dare_ties")
 METHODS = (*RULES, "cat", "svd", *(f"{rule}_svd" for rule in RULES[1:]))

@@ -27,21 +27,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..nn import bnb
-from ..nn.inject import (
-    AdapterState,
-    Carrier,
-    activate,
-    carriers,
-    check_together,
-    logical_modules,
-    restore,
-    saved_modules,
-    state_of,
-    unmerge,
-)
+from ..nn.inject import activate, restore, unmerge
 from ..nn.load import forget_base
 from ..nn.merged import dense_weight, follow, is_dense, with_weight
 from ..nn.saved import SavedModule
+from ..nn.state import AdapterState, check_together, state_of
+from ..nn.walk import Carrier, carriers, logical_modules, saved_modules
 
 __all__ = ["merge", "merge_and_unload", "merged_names", "unmerge"]
 

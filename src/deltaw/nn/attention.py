@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,12 +43,13 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | _Window | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: q [1, N, T, D], k and v [1, G, T, D] → o [1, T, N, D]."""
     lengths = _lengths()
     if lengths is None:
+        assert not isinstance(attention_mask, _Window)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
@@ -55,18 +57,38 @@ def _attend(
             f"{query.shape[2]} tokens, which see {key.shape[2]}"
         )
     _refuse(module, kwargs)
+    window = kwargs.get("sliding_window")
+    if isinstance(attention_mask, _Window):
+        window = attention_mask.size
+    elif attention_mask is not None:
+        raise ValueError(f"packed attention can't do the mask that {type(module).__name__} makes for itself")
     scaling = kwargs.get("scaling")
     masking = Masking(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        window=kwargs.get("sliding_window"),
+        window=window,
         softcap=kwargs.get("softcap"),
     )
     return packed_attention(query[0], key[0], value[0], lengths, masking)[None], None
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """No mask for a packed batch; SDPA's otherwise."""
-    return sdpa_mask(*args, **kwargs) if _lengths() is None else None
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """What layers are handed in a mask's place where all that it would say is a sliding window."""
+
+    size: int
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | _Window | None:
+    """SDPA's mask; for a packed batch none, or its window, which not all models tell their attention besides.
+
+    Raises ``ValueError`` for masks that packed attention doesn't have: in chunks (Llama 4), or of the caller's making.
+    """
+    if _lengths() is None:
+        return sdpa_mask(*args, **kwargs)
+    local, chunk = kwargs.get("local_size"), getattr(kwargs.get("config"), "attention_chunk_size", None)
+    if kwargs.get("use_vmap") or (chunk is not None and local == chunk):
+        raise ValueError("packed attention can't do masks that are neither causal nor a sliding window")
+    return None if local is None else _Window(int(local))
 
 
 def _lengths() -> tuple[int, ...] | None:

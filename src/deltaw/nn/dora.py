@@ -53,8 +53,8 @@ class NormCache:
     """``adapted_norm`` of one adapter in one layer, computed again only when a tensor behind it has changed.
 
     While the factors train nothing is kept, unless the batch says that changes are counted (``Batch.counts_changes``):
-    fused optimisers change them without torch counting it. In training of ours the norm is computed once a step, however
-    many micro-batches there are. Frozen ones must not be changed through ``.data``, which isn't counted either.
+    fused optimisers change them without torch counting it. In training of ours the norm is computed once a step,
+    however many micro-batches there are. Frozen ones must not be changed through ``.data``, which isn't counted either.
     """
 
     def __init__(self) -> None:

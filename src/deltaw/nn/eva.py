@@ -23,9 +23,11 @@ from ..errors import UserError
 from ..patterns import tails_of
 from ..targets import compact
 from .eva_state import EvaBatch, eva_state, settings_of
-from .inject import activate, adapted_layers, logical_modules, state_of, unmerge
+from .inject import activate, unmerge
 from .linear import AdaptedLinear
 from .lowrank import LowRank
+from .state import state_of
+from .walk import adapted_layers, logical_modules
 
 Forward = Callable[[nn.Module, Any], object]
 

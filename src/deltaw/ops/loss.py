@@ -5,8 +5,9 @@ to the hidden states is formed on the way, while a chunk's logits are at hand:
 
     p_s = softmax(h_s·Wᵀ) = exp(h_s·Wᵀ)/z_s        ℓ = Σ_s [log z_s - h_s·w_target]        dh_s = (p_s - onehot_s)·W
 
-(log z from the largest entry of p, which is never small). So the memory held is one chunk of logits, and backward is a multiplication (cut cross-entropy, Wijmans et al. 2024,
-and Liger, Hsu et al. 2024, have the idea; here the head is frozen, so its own gradient is not formed at all).
+with log z from the largest entry of p, which is never small. So the memory held is one chunk of logits, and backward
+is a multiplication (cut cross-entropy, Wijmans et al. 2024, and Liger, Hsu et al. 2024, have the idea; here the head
+is frozen, so its own gradient is not formed at all).
 
 The loss is a sum. Dividing it by the supervised tokens of the whole optimiser step is the caller's, since only the
 caller knows them all.

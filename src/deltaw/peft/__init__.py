@@ -1,9 +1,12 @@
 """PEFT's API under PEFT's names: what a script gets when its import changes from ``peft`` to ``deltaw``.
 
-model.py       PeftModel and its classes by task, get_peft_model
+wrapper.py     PEFT's two modules around a model
+model.py       PeftModel and its classes by task
+get_model.py   get_peft_model
 switching.py   the methods that add, switch, merge, blend and take out
 rows.py        adapter_names: an adapter for each row of a batch
 stored.py      adapters as files and as dicts of tensors
+vocabulary.py  adapters of a base whose vocabulary has grown
 auto.py        AutoPeftModel…: base and adapter from the adapter's folder
 kbit.py        a quantised base made ready for training
 loraplus.py    LoRA+'s optimiser
@@ -19,10 +22,10 @@ from .auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from .get_model import get_peft_model, inject_adapter_in_model
 from .kbit import prepare_model_for_kbit_training
 from .loraplus import create_loraplus_optimizer
 from .model import (
-    LoraModel,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -30,10 +33,9 @@ from .model import (
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
-    get_peft_model,
-    inject_adapter_in_model,
 )
 from .stored import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from .wrapper import LoraModel
 
 __all__ = [
     "AutoPeftModel",

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..errors import UserError
 from ..nn.embedding import AdaptedEmbedding
 from ..nn.lowrank import LowRank
-from .model import unwrapped
+from .wrapper import unwrapped
 
 
 def create_loraplus_optimizer(

@@ -1,10 +1,4 @@
-"""PEFT's classes over this project's functions: a thin layer that holds nothing of its own.
-
-    PeftModel.base_model        LoraModel, as in PEFT
-    PeftModel.base_model.model  the model itself, its layers adapted in place (``nn.inject``)
-
-Everything that the two are asked and don't know (``config``, ``device``, ``get_input_embeddings`` …) is the model's.
-"""
+"""``PeftModel`` and its classes by task over this project's functions: a thin layer that holds nothing of its own."""
 
 from __future__ import annotations
 
@@ -22,44 +16,13 @@ from ..config import LoraConfig, TaskType
 from ..errors import UserError
 from ..nn import bnb
 from ..nn.batch import checkpoint_context
-from ..nn.inject import activate, carriers, inject, state_of
+from ..nn.inject import activate, inject
 from . import stored, trainer, vocabulary
 from .rows import rows
-from .switching import Switching
+from .wrapper import LoraModel, Wrapper, unwrapped
 
 
-class _Wrapper(Switching, nn.Module):
-    """A module around one other: what it doesn't know is the inner one's."""
-
-    _inner: str
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == self._inner:  # not set yet: nn.Module's own __init__ is still running
-                raise
-            return getattr(getattr(self, self._inner), name)
-
-
-class LoraModel(_Wrapper):
-    """What stands between PEFT's wrapper and the model, so that paths through it are PEFT's."""
-
-    _inner = "model"
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        """The adapted model itself."""
-
-    def get_base_model(self) -> nn.Module:
-        return self.model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-
-class PeftModel(_Wrapper):
+class PeftModel(Wrapper):
     """A model with adapters, under PEFT's method names."""
 
     _inner = "base_model"
@@ -282,52 +245,6 @@ _CLASSES: dict[TaskType, type[PeftModel]] = {
 def class_of(config: LoraConfig) -> type[PeftModel]:
     """The class for a config's task; the plain one where it names none."""
     return _CLASSES[TaskType(config.task_type)] if config.task_type else PeftModel
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: LoraConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """Freeze the model, put a fresh adapter into it (in place) and wrap it.
-
-    Fresh adapters are float32; with ``autocast_adapter_dtype=False`` they have the dtype of their layer. ``revision``
-    is the base's on the hub and is noted in the config. Raises ``UserError`` for targets that match nothing, for a
-    model that has adapters already, and for what PEFT's ``mixed`` and ``low_cpu_mem_usage`` would do.
-    """
-    if not isinstance(peft_config, LoraConfig):
-        kind = f"{type(peft_config).__module__.split('.', 1)[0]}.{type(peft_config).__name__}"
-        raise UserError(f"peft_config is a {kind}; expected deltaw.LoraConfig: import that one from deltaw, too")
-    if state_of(unwrapped(model)).configs:
-        raise UserError("the model has adapters already; use PeftModel.add_adapter, or delete them first")
-    for name, value in (("mixed", mixed), ("low_cpu_mem_usage", low_cpu_mem_usage)):
-        if value:
-            raise UserError(f"get_peft_model({name}=True) is not supported; leave it out")
-    if revision is not None:
-        peft_config = dataclasses.replace(peft_config, revision=revision)
-    wrapped = class_of(peft_config)(model, peft_config, adapter_name)
-    if not autocast_adapter_dtype:
-        for _, layer in carriers(wrapped.get_base_model()):
-            dtype = next(layer.base_layer.parameters()).dtype
-            if dtype.is_floating_point:
-                layer.adapters.to(dtype)
-    return wrapped
-
-
-def inject_adapter_in_model(peft_config: LoraConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
-    """Put a fresh adapter into the model, in place, and return that model itself, without a wrapper."""
-    bnb.keep_differentiable(model)
-    inject(unwrapped(model), peft_config, adapter_name, trainable=not peft_config.inference_mode)
-    return model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, whichever of the wrappers was given."""
-    return model.get_base_model() if isinstance(model, _Wrapper) else model
 
 
 def checkpointing(model: nn.Module, options: dict[str, Any] | None, **kwargs: Any) -> None:

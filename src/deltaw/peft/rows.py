@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..nn.batch import BASE, Batch, batch, current_batch
-from ..nn.inject import state_of
+from ..nn.state import state_of
 
 
 @contextmanager

@@ -25,8 +25,9 @@ from ..adapters.peft_format import (
 from ..config import CONFIG_NAME, LoraConfig
 from ..errors import UserError
 from ..hub import resolve_file
-from ..nn.inject import adapted_layers, carriers, state_of
 from ..nn.parameters import AdaptedParameters
+from ..nn.state import state_of
+from ..nn.walk import adapted_layers, carriers
 from .switching import Switching
 from .vocabulary import take_embeddings, with_own_embeddings
 

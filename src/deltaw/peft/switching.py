@@ -16,7 +16,9 @@ from ..adapters import blend, merge
 from ..config import LoraConfig
 from ..errors import UserError
 from ..nn import bnb
-from ..nn.inject import activate, adapted_layers, inject, restore, state_of
+from ..nn.inject import activate, inject, restore
+from ..nn.state import state_of
+from ..nn.walk import adapted_layers
 
 
 class Switching:

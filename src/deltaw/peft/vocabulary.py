@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..adapters.peft_format import _PREFIX, WEIGHTS_NAME, StoredAdapter, save_adapter
+from ..adapters.peft_format import PREFIX, WEIGHTS_NAME, StoredAdapter, save_adapter
 from ..config import CONFIG_NAME, as_names
 from ..errors import UserError
 from ..files import replace_files
 from ..nn.embedding import AdaptedEmbedding
-from ..nn.inject import logical_modules
 from ..nn.linear import AdaptedLinear
 from ..nn.saved import SavedModule
+from ..nn.walk import logical_modules
 from ..targets import saved_whole
 
 
@@ -65,10 +65,10 @@ def take_embeddings(model: nn.Module, tensors: dict[str, Tensor], name: str) -> 
     with torch.no_grad():
         for owner, module in _not_carried(model, name).items():
             for key, own in module.state_dict().items():
-                given = rest.get(f"{_PREFIX}{owner}.{key}")
+                given = rest.get(f"{PREFIX}{owner}.{key}")
                 if given is not None and given.shape == own.shape:
                     own.copy_(given)
-                    del rest[f"{_PREFIX}{owner}.{key}"]
+                    del rest[f"{PREFIX}{owner}.{key}"]
     return rest
 
 
@@ -87,7 +87,7 @@ def save(model: nn.Module, folder: Path, name: str, save_embedding_layers: bool 
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
         for owner, module in extra.items():
             own = module.state_dict().items()
-            tensors |= {f"{_PREFIX}{owner}.{k}": t.detach().cpu().clone().contiguous() for k, t in own}
+            tensors |= {f"{PREFIX}{owner}.{k}": t.detach().cpu().clone().contiguous() for k, t in own}
         save_file(tensors, path / WEIGHTS_NAME, metadata=metadata)
         (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)

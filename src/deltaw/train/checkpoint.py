@@ -25,7 +25,7 @@ from ..adapters.peft_format import WEIGHTS_NAME, save_adapter, set_adapter_tenso
 from ..config import LoraConfig, config_from_dict
 from ..errors import UserError
 from ..files import new_folder
-from ..nn.inject import state_of
+from ..nn.state import state_of
 from .optim import AdamW
 
 KEEP = 2

@@ -29,8 +29,8 @@ from ..data.render import Tokens
 from ..errors import UserError
 from ..nn.attention import use_packed_attention
 from ..nn.batch import Batch, batch, checkpoint_context
-from ..nn.inject import adapted_layers
 from ..nn.storage import frozen_weight, is_linear
+from ..nn.walk import adapted_layers
 from ..ops.dropout import DropoutKey
 from ..ops.loss import frozen_cross_entropy
 
@@ -47,6 +47,9 @@ class LanguageModel:
     """Whether examples may lie end to end."""
     has_plain_head: bool
     """Whether logits are ``head(hidden)``, with a frozen head."""
+    adapts_head: bool = False
+    """Whether adapters stand behind the hidden states. What they do to a row (dropout, whose adapter) goes by its
+    number, so that all rows must come to them."""
 
     def pack(self, examples: Sequence[Tokens], max_tokens: int) -> list[Packed]:
         """Micro-batches for the examples of one optimiser step."""
@@ -65,7 +68,7 @@ class LanguageModel:
                 hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0, rows_S]
                 head = self.model.get_output_embeddings()
                 return frozen_cross_entropy(hidden, frozen_weight(head), targets_S, head.bias)
-            logits = _logits(self.model, inputs, rows_S)
+            logits = _logits(self.model, inputs, rows_S, all_rows=self.adapts_head)
             return F.cross_entropy(logits.float(), targets_S, reduction="sum")
 
 
@@ -76,7 +79,9 @@ def examine(model: PreTrainedModel) -> LanguageModel:
     """
     with torch.no_grad():
         _check_causal(model)
-        return LanguageModel(model=model, packs=_packs(model), has_plain_head=_has_plain_head(model))
+        packs, has_plain_head = _packs(model), _has_plain_head(model)
+    behind = len([*adapted_layers(model)]) - len([*adapted_layers(model.base_model)])
+    return LanguageModel(model=model, packs=packs, has_plain_head=has_plain_head, adapts_head=behind > 0)
 
 
 @contextmanager
@@ -169,7 +174,7 @@ def _packs(model: PreTrainedModel) -> bool:
         with torch.enable_grad(), batch(Batch(lengths=(length, length))), use_packed_attention(model):
             twins = model(input_ids=ids.repeat(2)[None], position_ids=positions[None], use_cache=False).logits[0]
             derivatives = torch.autograd.grad(twins[length:].float().square().sum(), embedded)
-    except (ValueError, TypeError):  # attention that can't be exchanged or packed; a model without position_ids
+    except (ValueError, TypeError, AttributeError):  # attention that can't be exchanged or packed; no position_ids
         return False
     finally:
         handle.remove()
@@ -194,8 +199,8 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     return torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)
 
 
-def _logits(model: PreTrainedModel, inputs: dict[str, Tensor], rows_S: Tensor) -> Tensor:
-    """The model's own logits [S, V] for some rows of a packed batch."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+def _logits(model: PreTrainedModel, inputs: dict[str, Tensor], rows_S: Tensor, *, all_rows: bool) -> Tensor:
+    """The model's own logits [S, V] for some rows of a packed batch, of which ``all_rows`` go through the head."""
+    if not all_rows and "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=rows_S).logits[0]  # type: ignore[no-any-return]
     return model(**inputs, use_cache=False).logits[0, rows_S]  # type: ignore[no-any-return]

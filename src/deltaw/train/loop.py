@@ -21,7 +21,7 @@ from torch import nn
 from ..data.loader import StepSampler
 from ..data.render import Tokens
 from ..errors import UserError
-from ..nn.inject import parameter_counts
+from ..nn.walk import parameter_counts
 from ..ops.dropout import DropoutKey
 from . import scaling
 from .checkpoint import Progress, save_checkpoint

@@ -28,7 +28,9 @@ from ..config import CONFIG_NAME
 from ..errors import UserError
 from ..files import replace_text
 from ..nn.eva import start_from_data
-from ..nn.inject import blank_adapter, inject, parameter_counts
+from ..nn.fresh import blank_adapter
+from ..nn.inject import inject
+from ..nn.walk import parameter_counts
 from . import checkpoint
 from .eva import EvaBatches
 from .events import Event, Stopped, Warned, finite_or_none
