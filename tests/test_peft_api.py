@@ -190,6 +190,24 @@ def test_the_folder_of_an_adapter_is_enough(saved, ids):
             deltaw.AutoPeftModelForCausalLM.from_pretrained(saved.adapter)
 
 
+@pytest.mark.parametrize(
+    ("place", "device"), [("auto", "auto"), ("cpu", "cpu"), ({"": "cpu"}, "cpu"), ({"": 0}, "cuda:0"), (None, "auto")]
+)
+def test_an_embedded_base_takes_what_tutorials_give(saved, tiny, monkeypatch, place, device):
+    config = json.loads((saved.adapter / "adapter_config.json").read_text())
+    named = config | {"base_model_name_or_path": "smollm2-135m"}
+    (saved.adapter / "adapter_config.json").write_text(json.dumps(named))
+    asked = {}
+    monkeypatch.setattr("deltaw.peft.auto.load_base", lambda name, **given: (asked.update(given) or tiny(), None))
+    load = deltaw.AutoPeftModelForCausalLM.from_pretrained
+    load(saved.adapter, torch_dtype=torch.bfloat16, low_cpu_mem_usage=True, device_map=place)
+    assert asked == dict(dtype=torch.bfloat16, device=device)
+    several = {"a": 0, "b": "cpu"}
+    for options, message in ((dict(device_map=several), "several devices"), (dict(variant="x"), "variant")):
+        with pytest.raises(deltaw.UserError, match=rf"dtype and one device only; leave .*{message}.* out"):
+            load(saved.adapter, **options)
+
+
 @pytest.fixture
 def grown(saved):
     """A base with three more tokens than its folder has; the new rows are random."""
@@ -349,6 +367,18 @@ def test_deleting_the_active_adapter_activates_another(tiny):
     assert model.peft_config == {} and model.active_adapters == []
 
 
+def test_what_is_deleted_while_switched_off_stays_away(tiny):
+    model = deltaw.get_peft_model(tiny(), random(), "a")
+    model.add_adapter("b", random())
+    model.set_adapter(["a", "b"])
+    with model.disable_adapter():
+        model.delete_adapter("a")
+    assert model.active_adapters == ["b"]
+    with model.disable_adapter():
+        model.delete_adapter("b")
+    assert model.active_adapters == [] and model.peft_config == {}
+
+
 def test_merging_and_blending_through_the_wrapper(tiny, ids, capsys):
     model = deltaw.get_peft_model(tiny(), random(), "a").eval()
     model.add_adapter("b", random())
@@ -409,10 +439,11 @@ def test_autocast_equals_pefts(tiny, ids, dtype, use_dora):
     assert errors[0] < 1.2 * errors[1] < 0.03
 
 
-def test_lora_plus_groups_are_pefts(tiny):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_plus_groups_are_pefts(tiny, use_dora):
     from peft.optimizers import create_loraplus_optimizer
 
-    given = dict(QV, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head", "norm"])
+    given = dict(QV, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head", "norm"], use_dora=use_dora)
     rates = dict(lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1, betas=(0.9, 0.95))
     ours = deltaw.get_peft_model(tiny(), deltaw.LoraConfig(**given))
     theirs = peft.get_peft_model(tiny(), peft.LoraConfig(**given))

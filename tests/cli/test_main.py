@@ -10,8 +10,9 @@ import pytest
 import deltaw.cli as cli
 from deltaw.cli.program import command
 from deltaw.config import LoraConfig
-from deltaw.nn.inject import inject, parameter_counts
+from deltaw.nn.inject import inject
 from deltaw.nn.load import load_base
+from deltaw.nn.walk import parameter_counts
 
 COMMAND = [sys.executable, "-c", "import sys; from deltaw.cli import main; sys.exit(main())"]
 

@@ -124,6 +124,17 @@ def test_an_adapter_of_another_base_needs_a_word(run, data, tiny_base, adapters,
     Conversation(ChatOptions(adapter=(str(adapters["first"]),), model=str(other), allow_other_base=True))
 
 
+def test_a_base_that_is_gone_can_be_named_elsewhere(run, data, tiny_base, tmp_path):
+    here, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_base, here)
+    args = ["--data", data, "--max-length", 256]
+    assert run("train", "--model", here, *args, "--max-steps", 1, "--out", out)[0] == 0
+    shutil.rmtree(here)
+    code, _, err = run("eval", "--adapter", out, *args)
+    assert code == 2 and "--model says where it is here" in err.splitlines()[-1]
+    assert run("eval", "--adapter", out, "--model", tiny_base, *args)[0] == 0
+
+
 def test_long_answers_are_shortened_for_people():
     assert _short("x" * 600) == "x" * 600
     assert _short("x" * 601).endswith("x …")

@@ -160,6 +160,14 @@ def test_preview_shows_that_weight_0_is_not_learnt(run, flags, tmp_path):
     assert code == 0 and "assistant\nbad<|im_end|>" in out and "⟦good<|im_end|>⟧" in out
 
 
+def test_preview_spells_out_what_would_steer_the_terminal(run, flags, tmp_path):
+    path = tmp_path / "steering.jsonl"
+    path.write_text(json.dumps({"prompt": "a\x1b[31mred\x07\tb\n", "completion": "c\x9bd 👩\u200d🚀"}) + "\n")
+    code, out, _ = run(*flags, "--data", path, "--preview", 1)
+    assert code == 0 and "\x1b" not in out and "\x9b" not in out
+    assert r"a\x1b[31mred\x07" in out and r"⟦c\x9bd 👩‍🚀" in out
+
+
 def test_splits_of_the_hub_are_named_by_flags(run, flags, monkeypatch):
     import datasets
 
@@ -224,7 +232,10 @@ def test_find_lr_suggests(run, flags, tmp_path, only_json):
     code, out, _ = run(*flags, "--find-lr", "--json")
     assert code == 0 and 1e-6 < only_json(out)["suggestion"] < 1e-1
     assert not (tmp_path / "run").exists()
-    assert re.search(r"Suggested: --learning-rate \d\.\de-0\d", run(*flags, "--find-lr")[1])
+    out = run(*flags, "--find-lr")[1]
+    assert re.search(r"Suggested: --learning-rate \d\.\de-0\d", out)
+    bars = [line.count("█") for line in out.splitlines() if "█" in line]
+    assert (min(bars), max(bars)) == (1, 40), "the curve fills the width, however little the loss moves"
 
 
 def test_an_unwritable_place_is_refused_before_anything_is_read(run, flags, tmp_path):

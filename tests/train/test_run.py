@@ -101,9 +101,17 @@ def test_cut_and_emptied_examples_are_told(options, write, chats, events):
     assert "long.jsonl:5" in messages[1] and "larger --max-length keeps them" in messages[1]
 
 
+def test_a_run_shorter_than_its_warm_up_is_told(options):
+    told = []
+    run_training(options(max_steps=2, warmup_steps=2), [told.append])
+    (message,) = [e.message for e in told if isinstance(e, Warned)]
+    assert "all 2 steps lie in the warm-up" in message and "--warmup-steps 2" in message
+
+
 def test_modules_that_learnt_nothing_are_named(options):
     told = []
-    run_training(options(learning_rate=1e-45, max_steps=1, target_modules="q_proj,v_proj"), [told.append])
+    shy = options(learning_rate=1e-45, max_steps=1, warmup_steps=0, target_modules="q_proj,v_proj")
+    run_training(shy, [told.append])
     (message,) = [e.message for e in told if isinstance(e, Warned)]
     assert message == (
         "4 modules learnt nothing (B is still zero): model.layers.0.self_attn.q_proj, model.layers.0.self_attn.v_proj, "

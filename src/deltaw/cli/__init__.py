@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _say(verb, str(error), 2)
     except KeyboardInterrupt:
+        if argv is None:  # the process is ours, and another Ctrl-C would end its clean-up in a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return _say(verb, "interrupted", 130)
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

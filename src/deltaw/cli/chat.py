@@ -109,7 +109,7 @@ class Conversation:
     @property
     def loaded(self) -> list[str]:
         """Names of the adapters there are."""
-        from ..nn.inject import state_of
+        from ..nn.state import state_of
 
         return list(state_of(self.model).configs)
 
@@ -163,6 +163,7 @@ class Conversation:
 def _answer(conversation: Conversation, line: str) -> None:
     """Stream one answer; what was said by a Ctrl-C stays said."""
     from ..engine.generate import stream
+    from .screen import visible
 
     tokens: list[int] = []
     shown = ""
@@ -172,7 +173,7 @@ def _answer(conversation: Conversation, line: str) -> None:
             tokens.append(token)
             text = str(conversation.tokenizer.decode(tokens, skip_special_tokens=True))
             if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                print(text[len(shown) :], end="", flush=True)
+                print(visible(text[len(shown) :]), end="", flush=True)
                 shown = text
     except KeyboardInterrupt:
         print(" …", end="")

@@ -120,7 +120,7 @@ def show(base: Sequence[Answer], adapted: Sequence[Answer]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .screen import out
+    from .screen import out, visible
 
     for b, a in zip(base, adapted, strict=True):
         table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
@@ -132,7 +132,7 @@ def show(base: Sequence[Answer], adapted: Sequence[Answer]) -> None:
             ("base", b.got, _mark(b.is_match)),
             ("adapter", a.got, _mark(a.is_match)),
         ):
-            table.add_row(label, Text(f"{mark}{_short(text)}", style=_STYLES[mark]))
+            table.add_row(label, Text(f"{mark}{visible(_short(text))}", style=_STYLES[mark]))
         out.print(table)
         out.print()
 

@@ -31,7 +31,12 @@ def load_model(
     base = model or (DEFAULT_BASE if stored is None else base_of(stored))
     log.info("loading %s", base)
     _return_freed_memory()
-    network, tokenizer = load_base(base, dtype=dtype, device=device)
+    try:
+        network, tokenizer = load_base(base, dtype=dtype, device=device)
+    except UserError as error:
+        if model or stored is None:
+            raise
+        raise UserError(f"{error} (the base that {stored.path} names; --model says where it is here)") from error
     if stored is not None:
         receipt = load_adapter(network, stored, "adapter", allow_other_base=allow_other_base)
         log.info("%s: %s", stored.path, receipt)

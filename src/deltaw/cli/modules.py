@@ -65,9 +65,9 @@ def describe(options: Options) -> dict[str, Any]:
 
     from ..config import STRATEGIES, LoraConfig
     from ..errors import UserError
-    from ..nn.inject import head_name, linear_names, logical_modules
     from ..nn.load import skeleton
     from ..nn.storage import frozen_weight
+    from ..nn.walk import head_name, linear_names, logical_modules
     from ..targets import choose
 
     model = skeleton(options.model)

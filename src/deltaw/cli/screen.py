@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ def quiet_libraries() -> None:
     hub_logging.set_verbosity_error()  # else a line for every try where there is no network
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when datasets is first imported
     warnings.filterwarnings("ignore")
     handler = RichHandler(console=err, show_time=False, show_level=False, show_path=False)
     log = logging.getLogger("deltaw")
@@ -48,6 +51,11 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def visible(text: str) -> str:
+    """What data or a model wrote, control characters spelt out: none of them may steer the terminal."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def size(num_bytes: float) -> str:

@@ -59,7 +59,7 @@ def train_with_bar(options: TrainOptions) -> dict[str, Any]:
     from .screen import counted
 
     with ProgressBar() as bar, Interrupts() as interrupts:
-        return run_training(options, [bar, interrupts], interrupts.should_stop, counted)
+        return run_training(options, [interrupts, bar], interrupts.should_stop, counted)
 
 
 class Interrupts:
@@ -118,7 +118,7 @@ def _preview(options: TrainOptions, *, as_json: bool) -> int:
 
     from ..data.render import preview
     from ..train.prepare import data_warnings, prepare_data
-    from .screen import counted, out, print_json
+    from .screen import counted, out, print_json, visible
 
     data = prepare_data(options, counted)
     examples = data.train.examples
@@ -134,7 +134,8 @@ def _preview(options: TrainOptions, *, as_json: bool) -> int:
         out.print(title, style="bold", markup=False, soft_wrap=True)
         text = Text()
         for piece, is_supervised in pieces:
-            text.append(f"⟦{piece}⟧" if is_supervised else piece, style="green" if is_supervised else "dim")
+            shown_piece = visible(piece)
+            text.append(f"⟦{shown_piece}⟧" if is_supervised else shown_piece, style="green" if is_supervised else "dim")
         out.print(text, soft_wrap=True)
     lengths = sorted(len(tokens.input_ids) for tokens in examples)
     supervised = sum(sum(tokens.supervised) for tokens in examples)
@@ -157,8 +158,9 @@ def _find_lr(options: TrainOptions, *, as_json: bool) -> int:
     if as_json:
         print_json(dataclasses.asdict(found))
         return 0
-    worst = max(loss for _, loss in found.curve)
+    losses = [loss for _, loss in found.curve]
+    best, spread = min(losses), (max(losses) - min(losses)) or 1.0
     for rate, loss in found.curve:
-        out.print(f"{rate:9.2e}  {loss:7.4f}  {'█' * max(1, round(40 * loss / worst))}", markup=False)
+        out.print(f"{rate:9.2e}  {loss:7.4f}  {'█' * (1 + round(39 * (loss - best) / spread))}", markup=False)
     out.print(f"Suggested: --learning-rate {found.suggestion:.1e} ({found.reason})", markup=False)
     return 0

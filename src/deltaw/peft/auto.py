@@ -112,13 +112,14 @@ def _load(kind: Any, config: LoraConfig, options: dict[str, Any]) -> nn.Module:
     name = str(config.base_model_name_or_path)
     if name.lower() in EMBEDDED:
         dtype = options.pop("dtype", options.pop("torch_dtype", None)) or "auto"
-        place = options.pop("device_map", None) or "auto"
+        place = options.pop("device_map", None)
         place = next(iter(place.values())) if isinstance(place, dict) and len(place) == 1 else place
+        place = "auto" if place is None else f"cuda:{place}" if isinstance(place, int) else place
         options.pop("low_cpu_mem_usage", None)  # how it is loaded, not what
-        if options or not isinstance(place, str | int | torch.device):
+        if options or not isinstance(place, str | torch.device):
             given = ", ".join(options) or "a device_map of several devices"
             raise UserError(f"{name} is an embedded base and takes dtype and one device only; leave {given} out")
-        return load_base(name, dtype=dtype, device=torch.device(place) if isinstance(place, int) else place)[0]
+        return load_base(name, dtype=dtype, device=place)[0]
     try:
         return kind.from_pretrained(name, revision=config.revision or "main", **options)  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:

@@ -34,9 +34,8 @@ def create_loraplus_optimizer(
     Raises ``UserError`` where nothing requires a gradient.
     """
     model = unwrapped(model)
-    embeddings = {
-        id(p) for layer in model.modules() if isinstance(layer, AdaptedEmbedding) for p in layer.adapters.parameters()
-    }
+    layers = [layer for layer in model.modules() if isinstance(layer, AdaptedEmbedding)]
+    embeddings = {id(p) for layer in layers for p in layer.adapters.parameters() if p.dim() > 1}
     slow, embedded, fast, bare = ([] for _ in range(4))  # type: ignore[var-annotated]
     for owner in model.modules():
         for name, parameter in owner.named_parameters(recurse=False):

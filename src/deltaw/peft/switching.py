@@ -76,13 +76,13 @@ class Switching:
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base alone inside; the active adapters come back afterwards."""
+        """The base alone inside; the active adapters come back afterwards, but for those deleted meanwhile."""
         before = self.active_adapters
         activate(self.get_base_model(), [])
         try:
             yield
         finally:
-            activate(self.get_base_model(), before)
+            activate(self.get_base_model(), [name for name in before if name in self.peft_config])
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Put adapters (the active ones) into the base's weights, for forwards at the base's price.

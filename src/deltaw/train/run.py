@@ -81,6 +81,9 @@ def run_training(
 
         for message in data_warnings(prepared):
             tell(Warned(message=message))
+        if options.warmup_steps >= job.num_steps:
+            message = f"all {job.num_steps} steps lie in the warm-up: --learning-rate is never reached"
+            tell(Warned(message=f"{message}; lower --warmup-steps {options.warmup_steps}, or train longer"))
         stopped = Stopped(step=0, reason="done")
         for event in job.run():
             tell(event)

@@ -5,6 +5,7 @@ provenance.py    what this project adds in the header: hashes of base and data, 
 state_dict.py    an adapter of a model as tensors under those keys, and back
 save.py          the files, both or neither
 read.py          the files without any model
+experts.py       adapters from before experts were fused, in today's form
 match.py         what a file's tensors are in a model; every mismatch named
 load.py          a stored adapter into a model, with a receipt
 
