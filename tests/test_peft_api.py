@@ -489,3 +489,19 @@ def test_pushing_uploads_what_saving_writes(tiny, monkeypatch):
     assert calls[:2] == ["t", ("mine", {"private": True, "exist_ok": True})]
     files, given = calls[2]
     assert files == ["adapter_config.json", "adapter_model.safetensors"] and given["repo_id"] == "me/mine"
+
+
+def test_switching_off_and_on_works_from_either_wrapper(tiny):
+    model = deltaw.get_peft_model(tiny(), deltaw.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    model.base_model.disable_adapter_layers()
+    model.disable_adapter_layers()
+    assert model.active_adapters == []
+    model.enable_adapter_layers()
+    assert model.active_adapters == ["default"]
+
+
+def test_methods_of_peft_that_are_missing_say_what_to_do(tiny):
+    model = deltaw.get_peft_model(tiny(), deltaw.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert not hasattr(model, "get_layer_status")
+    with pytest.raises(AttributeError, match=r"get_layer_status.*active_adapters"):
+        model.base_model.get_layer_status()

@@ -27,6 +27,8 @@ class AdapterState:
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     """Each adapter's config, its targets resolved to names."""
     biases: dict[str, TrainedBiases] = field(default_factory=dict)
+    shelved: tuple[str, ...] = ()
+    """Adapters that were active when all were switched off, to come back when they are switched on again."""
     trainable: set[str] = field(default_factory=set)
     """Adapters that require gradients while they are active."""
     thawed: list[nn.Parameter] = field(default_factory=list)

@@ -41,7 +41,6 @@ class PeftModel(Wrapper):
             config = _with_heads(peft_config, model, self.heads)
             inject(model, config, adapter_name, trainable=not config.inference_mode)
         self.base_model = LoraModel(model)
-        self._shelved: list[str] | None = None
         trainer.introduce(PeftModel)
 
     @property  # type: ignore[misc]
@@ -119,7 +118,7 @@ class PeftModel(Wrapper):
         before = self.active_adapters
         receipt = stored.load(model, adapter, adapter_name, is_trainable, autocast_adapter_dtype)
         activate(model, before)
-        if not is_trainable:
+        if not is_trainable and self.training:
             self.eval()
         return receipt
 
@@ -174,17 +173,6 @@ class PeftModel(Wrapper):
                 commit_message=commit_message,
                 create_pr=create_pr,
             )
-
-    def disable_adapter_layers(self) -> None:
-        """The base alone from now on, until ``enable_adapter_layers``."""
-        self._shelved = self._shelved or self.active_adapters
-        activate(self.get_base_model(), [])
-
-    def enable_adapter_layers(self) -> None:
-        """The adapters that were active before ``disable_adapter_layers`` again."""
-        if self._shelved is not None:
-            activate(self.get_base_model(), [name for name in self._shelved if name in self.peft_config])
-        self._shelved = None
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

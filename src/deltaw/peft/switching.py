@@ -84,6 +84,19 @@ class Switching:
         finally:
             activate(self.get_base_model(), [name for name in before if name in self.peft_config])
 
+    def disable_adapter_layers(self) -> None:
+        """The base alone from now on, until ``enable_adapter_layers``."""
+        state = state_of(self.get_base_model())
+        state.shelved = state.shelved or state.active.names
+        activate(self.get_base_model(), [])
+
+    def enable_adapter_layers(self) -> None:
+        """The adapters that were active before ``disable_adapter_layers`` again."""
+        state = state_of(self.get_base_model())
+        if state.shelved:
+            activate(self.get_base_model(), [name for name in state.shelved if name in state.configs])
+        state.shelved = ()
+
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Put adapters (the active ones) into the base's weights, for forwards at the base's price.
 

@@ -14,6 +14,17 @@ from torch import nn
 
 from .switching import Switching
 
+_ABSENT = {
+    "get_layer_status": "read peft_config and active_adapters",
+    "get_model_status": "read peft_config and active_adapters",
+    "create_or_update_model_card": "no card is written",
+    "set_requires_grad": "use set_adapter with inference_mode",
+    "get_prompt": "adapters are low-rank here",
+    "convert_to_lora": "convert with PEFT and load the result",
+    "save_as_lora": "convert with PEFT and load the result",
+}
+"""PEFT's methods that are not here, and what to do instead."""
+
 
 class Wrapper(Switching, nn.Module):
     """A module around one other: what it doesn't know is the inner one's."""
@@ -26,6 +37,8 @@ class Wrapper(Switching, nn.Module):
         except AttributeError:
             if name == self._inner:  # not set yet: nn.Module's own __init__ is still running
                 raise
+            if name in _ABSENT:
+                raise AttributeError(f"deltaw's PeftModel has no {name}: {_ABSENT[name]}") from None
             return getattr(getattr(self, self._inner), name)
 
 
