@@ -3,7 +3,8 @@
     python benchmarks/train_step.py [--rounds 7] [--tokens 256 --rows 4] [--dtypes bfloat16 float32]
 
 Each configuration lives in a process of its own, so that peak memory is its own; the parent lets them step in turn,
-A B C A B C …, so that a noisy machine is noisy for all. Medians are reported. A step is forward, loss on all tokens,
+A B C A B C …, so that a noisy machine is noisy for all; those that are compared with each other run at the same time, the
+next ones after them, since all together would not fit into memory. Medians are reported. A step is forward, loss on all tokens,
 backward and AdamW, on SmolLM2-135M with r=16, alpha=32 on all seven projections.
 """
 
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,13 @@ CONFIGURATIONS = {
     "deltaw DoRA": ("deltaw", {"use_dora": True}),
     "full fine-tuning": ("full", {}),
 }
+COMPARED = (
+    ("PEFT, dropout 0", "deltaw, dropout 0", "full fine-tuning"),
+    ("PEFT, dropout 0.05", "deltaw, dropout 0.05"),
+    ("PEFT DoRA", "deltaw DoRA"),
+)
+"""Which run at the same time."""
+
 SHAPE = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -126,10 +134,18 @@ def _deltaw_step(setting: Setting, ids) -> Callable[[], float]:
 
 
 def measure(dtype: str, rows: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Let all configurations step in turn; median seconds and peak memory of each."""
+    """Medians and peak memory of each configuration, peers against each other."""
+    results: dict[str, dict[str, float]] = {}
+    for names in COMPARED:
+        results |= _in_turn(names, dtype, rows, tokens, rounds)
+    return {name: results[name] for name in CONFIGURATIONS}
+
+
+def _in_turn(names: Sequence[str], dtype: str, rows: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
     processes: dict[str, subprocess.Popen[str]] = {}
     losses: dict[str, float] = {}
-    for name, (kind, adapter) in CONFIGURATIONS.items():
+    for name in names:
+        kind, adapter = CONFIGURATIONS[name]
         setting = json.dumps({"kind": kind, "adapter": adapter, "dtype": dtype, "rows": rows, "tokens": tokens})
         command = [sys.executable, __file__, "--worker", setting]
         processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
