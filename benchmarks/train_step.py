@@ -2,10 +2,10 @@
 
     python benchmarks/train_step.py [--rounds 7] [--tokens 256 --rows 4] [--dtypes bfloat16 float32]
 
-Each configuration lives in a process of its own, so that peak memory is its own; the parent lets them step in turn,
-A B C A B C …, so that a noisy machine is noisy for all; those that are compared with each other run at the same time, the
-next ones after them, since all together would not fit into memory. Medians are reported. A step is forward, loss on all tokens,
-backward and AdamW, on SmolLM2-135M with r=16, alpha=32 on all seven projections.
+Each configuration lives in a process of its own, so that peak memory is its own. Those that are compared with each
+other run at the same time, since all together would not fit into memory; the parent lets them step in turn, A B C A B
+C …, so that a noisy machine is noisy for all. Medians are reported. A step is forward, loss on all tokens, backward and
+AdamW, on SmolLM2-135M with r=16, alpha=32 on all seven projections.
 """
 
 from __future__ import annotations
