@@ -15,7 +15,8 @@ The dropout mask belongs to the low-rank branch only, as in LoRA. PEFT's DoRA dr
 too, at the price of a second frozen product; here the base term sees x itself.
 
 x is saved once whatever the number of segments, as the view that came in: projections that share an input share the
-memory. Masks are not saved but drawn again from their key. Factors may be float32 masters over a bfloat16 x: they are
+memory. A mask is saved as one bit an entry. A start (A₀, B₀) adds −s·B₀·A₀·x to the sum inside c, without mask and
+without gradients of its own. Factors may be float32 masters over a bfloat16 x: they are
 cast to x's dtype for the products, and their gradients come back in their own.
 
 Shapes: T rows, K inputs, N outputs, R rank. ``adapted_reference`` is the plain twin.
