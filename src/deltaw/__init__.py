@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import EvaConfig, LoftQConfig, LoraConfig, PeftConfig, PeftType, TaskType
+    from .config import LoraConfig, PeftConfig, PeftType, TaskType
     from .errors import UserError
     from .nn.eva import get_eva_state_dict, initialize_lora_eva_weights
     from .nn.load import load_base
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         prepare_model_for_kbit_training,
         set_peft_model_state_dict,
     )
+    from .settings import EvaConfig, LoftQConfig
 
 __all__ = [
     "AutoPeftModel",
@@ -71,8 +72,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EvaConfig": ".config",
-    "LoftQConfig": ".config",
+    "EvaConfig": ".settings",
+    "LoftQConfig": ".settings",
     "LoraConfig": ".config",
     "PeftConfig": ".config",
     "PeftType": ".config",

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,16 +22,11 @@ from typing import Any
 
 from .errors import UserError, short
 from .files import replace_text
-from .hub import resolve_file
+from .hub import read_object, resolve_file
 from .patterns import MAX_EXPRESSIONS, MAX_PATTERNS, Matcher, check_pattern, is_plain
+from .settings import EvaConfig, LoftQConfig, is_number, is_whole
 
 CONFIG_NAME = "adapter_config.json"
-MAX_CONFIG_BYTES = 2 * 2**20
-"""An ``adapter_config.json`` is a few kilobytes; one that is larger is not read at all."""
-
-MAX_LISTS = 10_000
-"""Lists and objects in such a file: a thousand times what PEFT writes, and soon made."""
-
 MAX_RANK = 65_536
 """No hidden size in use is larger; a rank beyond it is a damaged or hostile file."""
 
@@ -108,50 +102,6 @@ class PeftConfig:
     def from_pretrained(cls, path: str | Path, **hub: Any) -> LoraConfig:
         """Read ``adapter_config.json`` from a folder or hub id. Raises ``UserError`` on anything unreadable."""
         return read_config(resolve_file(path, CONFIG_NAME, **hub))
-
-
-@dataclass
-class LoftQConfig:
-    """PEFT's settings of a LoftQ start (Li et al. 2023, algorithm 1)."""
-
-    loftq_bits: int = 4
-    """Bits of the quantised weight."""
-    loftq_iter: int = 1
-    """Rounds of quantising and taking the residual's singular vectors."""
-
-    def __post_init__(self) -> None:
-        if self.loftq_bits not in (2, 4, 8):
-            raise UserError(f"LoftQConfig(loftq_bits={short(self.loftq_bits)}): expected 2, 4 or 8")
-        if not is_whole(self.loftq_iter) or not 1 <= self.loftq_iter <= 100:
-            raise UserError(f"LoftQConfig(loftq_iter={short(self.loftq_iter)}): expected a whole number from 1 to 100")
-
-
-@dataclass
-class EvaConfig:
-    """PEFT's settings of an EVA start (Paischer et al. 2024)."""
-
-    rho: float = 2.0
-    """A layer's rank is at most ρ·r; 1 leaves every layer at r."""
-    tau: float = 0.99
-    """Singular vectors whose cosine similarity between two steps is above this have converged."""
-    use_label_mask: bool = True
-    """Only positions with a label are looked at."""
-    label_mask_value: int = -100
-    """The label of positions that are not looked at."""
-    whiten: bool = False
-    """Divide each singular vector by its singular value."""
-    adjust_scaling_factors: bool = True
-    """Keep α/r the same where the rank has changed."""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("rho", 1, 1000), ("tau", 0, 1)):
-            if not is_number(value := getattr(self, name)) or not low <= value <= high:
-                raise UserError(f"EvaConfig({name}={short(value)}): expected a number from {low} to {high}")
-        for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise UserError(f"EvaConfig({name}={short(value)}): expected true or false")
-        if not is_whole(self.label_mask_value):
-            raise UserError(f"EvaConfig(label_mask_value={short(self.label_mask_value)}): expected a whole number")
 
 
 @dataclass(kw_only=True)
@@ -413,19 +363,7 @@ _NAMING = (
 
 def read_config(path: Path) -> LoraConfig:
     """Read one ``adapter_config.json``; ``UserError`` names the file and what is wrong with it."""
-    try:
-        size = path.stat().st_size
-        text = path.read_text(encoding="utf-8") if size <= MAX_CONFIG_BYTES else ""
-        num_lists = text.count("[") + text.count("{")
-        raw = json.loads(text) if size <= MAX_CONFIG_BYTES and num_lists <= MAX_LISTS else None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or endless digits
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if size > MAX_CONFIG_BYTES:
-        raise UserError(f"{path}: {size:,} bytes are not an adapter config (at most {MAX_CONFIG_BYTES:,})")
-    if num_lists > MAX_LISTS:
-        raise UserError(f"{path}: {num_lists:,} lists and objects are not an adapter config (at most {MAX_LISTS:,})")
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object with PEFT's fields, found {type(raw).__name__}")
+    raw = read_object(path)
     try:
         return config_from_dict(raw)
     except UserError as error:
@@ -449,15 +387,3 @@ def as_names(value: Sequence[str] | set[str] | str | None) -> list[str]:
     if value is None:
         return []
     return [value] if isinstance(value, str) else sorted(value)
-
-
-def is_whole(value: object) -> bool:
-    """Whether a value is a whole number; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number; true and false are none."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max  # false for nan; whole numbers of any size compare

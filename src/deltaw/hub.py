@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError, short
+
+MAX_CONFIG_BYTES = 2 * 2**20
+"""An ``adapter_config.json`` is a few kilobytes; one that is larger is not read at all."""
+
+MAX_LISTS = 10_000
+"""Lists and objects in such a file: a thousand times what PEFT writes, and soon made."""
 
 
 def resolve_file(path: str | Path, name: str, **hub: Any) -> Path:
@@ -33,3 +40,21 @@ def resolve_file(path: str | Path, name: str, **hub: Any) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: no such folder, and the hub gave no {name} ({reason})") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of bounded size; ``UserError`` names the file and what is wrong with it."""
+    try:
+        size = path.stat().st_size
+        text = path.read_text(encoding="utf-8") if size <= MAX_CONFIG_BYTES else ""
+        num_lists = text.count("[") + text.count("{")
+        raw = json.loads(text) if size <= MAX_CONFIG_BYTES and num_lists <= MAX_LISTS else None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or endless digits
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if size > MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: {size:,} bytes are not an adapter config (at most {MAX_CONFIG_BYTES:,})")
+    if num_lists > MAX_LISTS:
+        raise UserError(f"{path}: {num_lists:,} lists and objects are not an adapter config (at most {MAX_LISTS:,})")
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object with PEFT's fields, found {type(raw).__name__}")
+    return raw

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import deltaw
-from deltaw.config import EvaConfig, LoraConfig
+from deltaw.config import LoraConfig
 from deltaw.errors import UserError
 from deltaw.nn.eva import (
     EvaBatch,
@@ -19,6 +19,7 @@ from deltaw.nn.eva import (
 from deltaw.nn.inject import inject
 from deltaw.nn.state import state_of
 from deltaw.nn.walk import adapted_layers
+from deltaw.settings import EvaConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to", "ignore:lora with eva initialization used with low_cpu"

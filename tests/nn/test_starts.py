@@ -8,12 +8,13 @@ import peft.utils.loftq_utils as peft_loftq
 import pytest
 import torch
 
-from deltaw.config import LoftQConfig, LoraConfig
+from deltaw.config import LoraConfig
 from deltaw.errors import UserError
 from deltaw.nn.inject import inject
 from deltaw.nn.starts import Site, _quantised, loftq, olora, orthogonal, pissa, start_for
 from deltaw.nn.walk import adapted_layers
 from deltaw.ops.frozen import DenseWeight
+from deltaw.settings import LoftQConfig
 
 STARTS = [True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva"]
 SUBTRACTED = ["pissa", "pissa_niter_4", "olora", "loftq"]

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import EvaConfig, LoraConfig
+from ..config import LoraConfig
 from ..errors import UserError
 from ..patterns import tails_of
+from ..settings import EvaConfig
 from ..targets import compact
 from .eva_state import EvaBatch, eva_state, settings_of
 from .inject import activate, unmerge

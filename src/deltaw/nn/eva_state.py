@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import EvaConfig, LoraConfig
+from ..config import LoraConfig
 from ..errors import UserError
 from ..ops.pca import IncrementalPca
+from ..settings import EvaConfig
 from .linear import AdaptedLinear
 
 _MAX_PASSES, _MAX_BATCHES = 3, 200

@@ -30,10 +30,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import LoftQConfig, LoraConfig
+from ..config import LoraConfig
 from ..errors import UserError
 from ..ops.frozen import DenseWeight, FrozenWeight
 from ..ops.nf4 import dequantize, quantize
+from ..settings import LoftQConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...config import CONFIG_NAME, MAX_CONFIG_BYTES, LoraConfig, read_config
+from ...config import CONFIG_NAME, LoraConfig, read_config
 from ...errors import UserError
 from ...files import left_over
-from ...hub import resolve_file
+from ...hub import MAX_CONFIG_BYTES, resolve_file
 from ..tensors import read_tensors
 from .keys import PICKLED_NAME, PREFIX, WEIGHTS_NAME, is_double, split_key
 from .provenance import Provenance, provenance_of
