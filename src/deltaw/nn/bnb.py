@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,29 +57,6 @@ def activation_dtype(model: nn.Module) -> torch.dtype:
     get = getattr(model, "get_input_embeddings", None)
     weights = [*(get().parameters() if get is not None else ()), *model.parameters()]
     return next((w.dtype for w in weights if w.is_floating_point()), torch.float32)
-
-
-def make_dense(model: nn.Module, names: Iterable[str]) -> None:
-    """Make these layers dense in the dtype of the activations, and let ``transformers`` forget that they weren't.
-
-    For a base that adapters were merged into: part of it is dense then, which no quantisation config describes.
-    """
-    dtype = activation_dtype(model)
-    for name in names:
-        layer = model.get_submodule(name)
-        if is_quantized(layer):
-            wide, high = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
-            dense = nn.Linear(wide, high, bias=False, device="meta", dtype=dtype)
-            dense.weight = nn.Parameter(BnbWeight(layer).dequantize().to(dtype), requires_grad=False)
-            dense.bias = layer.bias  # type: ignore[assignment]
-            model.set_submodule(name, dense.train(layer.training))
-        model.get_submodule(name).to(dtype)  # a bias, too: bitsandbytes casts it to whatever it computes in
-    for known in ("is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
-        model.__dict__.pop(known, None)
-    model.__dict__ |= {"hf_quantizer": None, "is_quantized": False}
-    config = getattr(model, "config", None)
-    if config is not None:
-        config.__dict__.pop("quantization_config", None)
 
 
 class BnbWeight:

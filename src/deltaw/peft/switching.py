@@ -18,7 +18,6 @@ from ..errors import UserError
 from ..nn import bnb
 from ..nn.inject import activate, inject, restore
 from ..nn.state import state_of
-from ..nn.walk import adapted_layers
 
 
 class Switching:
@@ -103,12 +102,7 @@ class Switching:
         Layers that bitsandbytes has quantised have dense stand-ins meanwhile. ``safe_merge`` refuses a result that
         isn't finite. Raises ``UserError`` as ``adapters.merge.merge`` does.
         """
-        model = self.get_base_model()
-        merge.merge(model, adapter_names, safe=safe_merge)
-        dtype = bnb.activation_dtype(model)
-        for name, layer in adapted_layers(model):
-            if name in state_of(model).originals and bnb.is_quantized(state_of(model).originals[name]):
-                layer.base_layer.to(dtype)
+        merge.merge(self.get_base_model(), adapter_names, safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """The base's own weights again, bit for bit."""
@@ -122,14 +116,9 @@ class Switching:
         A base that bitsandbytes has quantised becomes dense as a whole, and takes the memory of that: rounding the
         sum to few bits again would throw most of the adapter away. ``progressbar`` prints a line before and after.
         """
-        model = self.get_base_model()
-        layers = [*model.named_modules(), *state_of(model).originals.items()]
-        quantized = {name.removesuffix(".base_layer") for name, layer in layers if bnb.is_quantized(layer)}
         if progressbar:
             print(f"merging {', '.join(adapter_names or self.active_adapters)} …", flush=True)
-        merged = merge.merge_and_unload(model, adapter_names, safe=safe_merge)
-        if quantized:
-            bnb.make_dense(merged, quantized)
+        merged = merge.merge_and_unload(self.get_base_model(), adapter_names, safe=safe_merge)
         if progressbar:
             print("merged", flush=True)
         return merged
