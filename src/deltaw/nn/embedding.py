@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.frozen import DenseWeight, FrozenWeight
-from .lowrank import Active, LowRank, Named, runs
+from .lowrank import LowRankBeside, runs
 from .merged import merged_weight, twin
 
 
@@ -27,19 +27,10 @@ def is_embedding(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Embedding) and is_plain
 
 
-class AdaptedEmbedding(nn.Module):
+class AdaptedEmbedding(LowRankBeside):
     """``nn.Embedding`` plus the active adapters' parts."""
 
-    def __init__(self, base_layer: nn.Embedding, name: str, active: Active) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.name = name
-        self.active = active
-        self.adapters = Named()
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
+    base_layer: nn.Embedding
 
     @property
     def storage(self) -> FrozenWeight:
@@ -57,20 +48,6 @@ class AdaptedEmbedding(nn.Module):
     @property
     def padding_idx(self) -> int | None:
         return self.base_layer.padding_idx
-
-    def adapter(self, name: str) -> LowRank:
-        adapter = self.adapters[name]
-        assert isinstance(adapter, LowRank)
-        return adapter
-
-    def column_scale(self, name: str) -> Tensor | None:
-        """DoRA's c [H] for one adapter, differentiable in its magnitude; None for plain LoRA."""
-        adapter = self.adapter(name)
-        if adapter.lora_magnitude_vector is None:
-            return None
-        a_RV, b_HR = adapter.lora_A, adapter.lora_B
-        norm_H = adapter.norms.norm(self.storage, self.weight, a_RV, b_HR, adapter.scaling, adapter.joined)
-        return adapter.lora_magnitude_vector / norm_H
 
     def merged_layer(self, base: nn.Module, names: Sequence[str]) -> nn.Module:
         """A plain embedding that gives what ``base`` and these adapters do together; at least one must be here."""

@@ -183,9 +183,7 @@ def _adapted(name: str, module: nn.Module, active: Active) -> AdaptedLayer:
     if isinstance(module, AdaptedLayer):
         return module
     kind = AdaptedEmbedding if isinstance(module, nn.Embedding) else AdaptedLinear
-    layer = kind(module, name, active)  # type: ignore[arg-type]
-    layer.training = module.training
-    return layer
+    return kind(module, name, active)
 
 
 def _saved(name: str, module: nn.Module, active: Active) -> SavedModule:

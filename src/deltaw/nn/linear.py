@@ -14,30 +14,17 @@ from ..ops.adapted import Segment, adapted
 from ..ops.dropout import DropoutKey, DropoutMask
 from ..ops.frozen import FrozenWeight
 from .batch import current_batch
-from .lowrank import Active, LowRank, Named, runs
+from .lowrank import LowRankBeside, runs
 from .merged import dense_weight, merged_weight, with_weight
 from .storage import frozen_weight
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(LowRankBeside):
     """y = x·Wᵀ + b, plus the active adapters' parts, for ``nn.Linear`` and transformers' ``Conv1D``."""
-
-    def __init__(self, base_layer: nn.Module, name: str, active: Active) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.name = name
-        """The module's name in the model: keys its dropout masks and its tensors on disk."""
-        self.active = active
-        self.adapters = Named()
 
     @property
     def storage(self) -> FrozenWeight:
         return frozen_weight(self.base_layer)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, for code that looks."""
-        return self.base_layer.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
@@ -50,20 +37,6 @@ class AdaptedLinear(nn.Module):
     @property
     def out_features(self) -> int:
         return self.storage.out_features
-
-    def adapter(self, name: str) -> LowRank:
-        adapter = self.adapters[name]
-        assert isinstance(adapter, LowRank)
-        return adapter
-
-    def column_scale(self, name: str) -> Tensor | None:
-        """DoRA's c [N] for one adapter, differentiable in its magnitude; None for plain LoRA."""
-        adapter = self.adapter(name)
-        if adapter.lora_magnitude_vector is None:
-            return None
-        a_RK, b_NR = adapter.lora_A, adapter.lora_B
-        norm_N = adapter.norms.norm(self.storage, self.weight, a_RK, b_NR, adapter.scaling, adapter.joined)
-        return adapter.lora_magnitude_vector / norm_N
 
     def merged_layer(self, base: nn.Module, names: Sequence[str]) -> nn.Module:
         """A plain layer that computes what ``base`` and these adapters do together; at least one must be here."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops.frozen import FrozenWeight
 from .batch import BASE, Batch, current_batch
 from .dora import NormCache
 
@@ -107,6 +108,47 @@ class Active:
     names: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     """Adapters that stand in the weights themselves; either none, or just those that are active."""
+
+
+class Beside(nn.Module):
+    """Stands in a model where a layer of the base stood, and holds that layer whole with named adapters beside it."""
+
+    def __init__(self, base_layer: nn.Module, name: str, active: Active) -> None:
+        super().__init__()
+        self.training = base_layer.training
+        self.base_layer = base_layer
+        self.name = name
+        """The module's name in the model: keys its dropout masks and its tensors on disk."""
+        self.active = active
+        self.adapters = Named()
+
+
+class LowRankBeside(Beside):
+    """One whose adapters are ``LowRank``, on a weight that is a ``FrozenWeight``."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for code that looks."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def storage(self) -> FrozenWeight:
+        """W [N, K] of the linear layer that this is, or stands for."""
+        raise NotImplementedError
+
+    def adapter(self, name: str) -> LowRank:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, LowRank)
+        return adapter
+
+    def column_scale(self, name: str) -> Tensor | None:
+        """DoRA's c [N] for one adapter, differentiable in its magnitude; None for plain LoRA."""
+        adapter = self.adapter(name)
+        if adapter.lora_magnitude_vector is None:
+            return None
+        a_RK, b_NR = adapter.lora_A, adapter.lora_B
+        norm_N = adapter.norms.norm(self.storage, self.weight, a_RK, b_NR, adapter.scaling, adapter.joined)
+        return adapter.lora_magnitude_vector / norm_N
 
 
 def runs(active: Active, num_rows: int) -> Iterator[tuple[slice, str]]:

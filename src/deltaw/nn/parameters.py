@@ -28,7 +28,7 @@ from ..patterns import tails_of
 from ..targets import matches_suffix
 from .batch import BASE, current_batch
 from .experts import Factors, can_route, routed
-from .lowrank import Active, Named, runs
+from .lowrank import Beside, Named, runs
 
 _STARTS: tuple[bool | str, ...] = (True, False, "gaussian")
 
@@ -104,17 +104,8 @@ class ParameterShape:
         return (self.experts * rank, self.inputs), (self.outputs, rank * self.experts)
 
 
-class AdaptedParameters(nn.Module):
-    """A module with adapters on some of its own parameters."""
-
-    def __init__(self, base_layer: nn.Module, name: str, active: Active) -> None:
-        super().__init__()
-        self.training = base_layer.training
-        self.base_layer = base_layer
-        self.name = name
-        self.active = active
-        self.adapters = Named()
-        """Adapter → parameter → its factors."""
+class AdaptedParameters(Beside):
+    """A module with adapters on some of its own parameters: adapter → parameter → its factors."""
 
     def __getattr__(self, name: str) -> Any:
         """What the module is asked and doesn't know is the base's; its adapted parameters as adapters make them."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError, short
-from .lowrank import Active, Named, runs
+from .lowrank import Beside, runs
 from .merged import twin
 from .storage import is_linear
 
@@ -119,16 +119,8 @@ class TokenRows(nn.Module):
         return f"{len(self.indices)} tokens"
 
 
-class TokenLayer(nn.Module):
+class TokenLayer(Beside):
     """An ``nn.Embedding``, or a linear head, with some rows replaced by the active adapter's."""
-
-    def __init__(self, base_layer: nn.Module, name: str, active: Active) -> None:
-        super().__init__()
-        self.training = base_layer.training
-        self.base_layer = base_layer
-        self.name = name
-        self.active = active
-        self.adapters = Named()
 
     @property
     def weight(self) -> Tensor:
