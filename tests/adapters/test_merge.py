@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import deltaw
 from deltaw.adapters.merge import merge, merge_and_unload, merged_names, unmerge
@@ -219,17 +219,8 @@ QUANTISED = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A base wide enough for bitsandbytes' blocks, with biases."""
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=97, num_key_value_heads=2, tie_word_embeddings=False, **sizes))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_(std=0.1)
-    folder = tmp_path_factory.mktemp("base")
-    model.save_pretrained(folder)
-    return folder
+def folder(wide_base):
+    return wide_base
 
 
 class TestQuantised:

@@ -34,6 +34,19 @@ class Twins:
         return {re.sub(r"\.modules_to_save|\.default|(?<=vector)\.weight|(?<=vector\.default)\.weight", "", n): p
                 for n, p in named}  # fmt: skip
 
+    def check_logits_and_gradients(self, ids: Tensor) -> None:
+        """Both compute the same logits, and the same gradient of every trainable tensor, none of them zero."""
+        logits = []
+        for model in (self.ours, self.theirs):
+            out = model(input_ids=ids, labels=ids)
+            out.loss.backward()
+            logits.append(out.logits)
+        torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+        ours, theirs = self.trainable("ours"), self.trainable("theirs")
+        for key, parameter in ours.items():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+            torch.testing.assert_close(parameter.grad, theirs[key].grad, atol=1e-5, rtol=1e-5, msg=key)
+
 
 @pytest.fixture
 def twins(tiny: Callable[..., PreTrainedModel]) -> Callable[..., Twins]:

@@ -38,16 +38,7 @@ def _logits(model, ids):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_equal_peft_s(twins, architecture, ids, name, where):
     pair = twins(architecture, r=4, target_modules=_targets(architecture, where), **CONFIGS[name])
-    logits = []
-    for model in (pair.ours, pair.theirs):
-        out = model(input_ids=ids, labels=ids)
-        out.loss.backward()
-        logits.append(out.logits)
-    torch.testing.assert_close(*logits, **CLOSE)
-    ours, theirs = pair.trainable("ours"), pair.trainable("theirs")
-    for key, parameter in ours.items():
-        assert parameter.grad.abs().max() > 0, key
-        torch.testing.assert_close(parameter.grad, theirs[key].grad, **CLOSE, msg=key)
+    pair.check_logits_and_gradients(ids)
 
 
 @pytest.mark.parametrize("where", [None, "lm_head"])

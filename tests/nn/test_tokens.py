@@ -56,16 +56,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_equal_peft_s(twins, architecture, case):
     pair = twins(architecture, **_config(architecture, trainable_token_indices=CASES[case](architecture)))
-    logits = []
-    for model in (pair.ours, pair.theirs):
-        out = model(input_ids=IDS, labels=IDS)
-        out.loss.backward()
-        logits.append(out.logits)
-    torch.testing.assert_close(*logits, **CLOSE)
-    ours, theirs = pair.trainable("ours"), pair.trainable("theirs")
-    for key, parameter in ours.items():
-        assert parameter.grad.abs().max() > 0, key
-        torch.testing.assert_close(parameter.grad, theirs[key].grad, **CLOSE, msg=key)
+    pair.check_logits_and_gradients(IDS)
     assert pair.ours.get_nb_trainable_parameters() == pair.theirs.get_nb_trainable_parameters()
 
 
