@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltaw.ops.dropout import DropoutKey, kept, pack_bits, unpack_bits
+from deltaw.ops.dropout import DropoutKey, kept, kept_reference, unpack
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 64])
@@ -33,13 +33,14 @@ def test_share_dropped_and_expectation(p):
 
 
 def test_columns_and_rows_are_uncorrelated():
-    keep = DropoutKey(5, 0).mask(0.5, "m", 0).draw(4000, 32).double() + 0.5
+    keep = DropoutKey(5, 0).mask(0.5, "m", 0).draw(4000, 32)
+    keep = unpack(keep, 32).double() - 0.5
     correlation = (keep.T @ keep) / (0.25 * len(keep))
     assert (correlation - torch.eye(32)).abs().max() < 0.1
 
 
 def test_nothing_dropped_at_zero_and_something_kept_just_below_one():
-    assert DropoutKey(0, 0).mask(0.0, "m", 0).draw(10, 10).all()
+    assert DropoutKey(0, 0).mask(0.0, "m", 0).scale_for(torch.ones(10, 10)).all()
     assert DropoutKey(0, 0).mask(0.999999, "m", 0).scale_for(torch.ones(400, 400)).isfinite().all()
 
 
@@ -53,7 +54,14 @@ def test_dropping_by_bits_equals_multiplying_by_the_mask(dtype):
     assert by_bits.dtype == dtype
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (0, 4)])
-def test_packed_bits_come_back(shape):
-    mask = DropoutKey(0, 0).mask(0.4, "m", 0).draw(*shape)
-    assert torch.equal(unpack_bits(pack_bits(mask), *shape), mask)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (0, 4), (5, 31), (7, 32), (300, 577)])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.99])
+def test_the_kernels_draw_and_keep_what_the_plain_twins_do(shape, p):
+    mask = DropoutKey(3, 9, first_row=11).mask(p, "m", 2)
+    bits = mask.draw(*shape)
+    assert torch.equal(bits, mask.draw_reference(*shape))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, onto = torch.randn(2, *shape).to(dtype)
+        assert torch.equal(kept(x, bits), kept_reference(x, bits))
+        expected = onto + kept_reference(x, bits)
+        assert torch.equal(kept(x, bits, onto=onto), expected)

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.adapted import Segment, adapted
+from ..ops.adapted import Projection, Segment, adapted_group
 from ..ops.dropout import DropoutKey, DropoutMask
 from ..ops.frozen import FrozenWeight
+from ..ops.source import Itself
 from .batch import current_batch
 from .lowrank import LowRankBeside, runs
 from .merged import dense_weight, merged_weight, with_weight
@@ -45,11 +46,15 @@ class AdaptedLinear(LowRankBeside):
 
     def forward(self, x: Tensor) -> Tensor:
         x_TK = x.reshape(-1, x.shape[-1])
-        segments = list(self._segments(x_TK.shape[0]))
-        if not segments:
+        projection = self.projection(x_TK.shape[0])
+        if not projection.segments:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        y_TN = adapted(x_TK, self.storage, segments, self.bias)
+        (y_TN,) = adapted_group([x_TK], Itself(), [projection])
         return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
+
+    def projection(self, num_rows: int) -> Projection:
+        """What this layer does to ``num_rows`` rows of the batch that is going through."""
+        return Projection(self.storage, tuple(self._segments(num_rows)), self.bias)
 
     def _segments(self, num_rows: int) -> Iterator[Segment]:
         for rows, name in runs(self.active, num_rows):

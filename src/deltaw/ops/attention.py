@@ -9,6 +9,9 @@ Query rows go in blocks: the keys after a block are never touched, and the score
 computes P again from q, k and v (FlashAttention, Dao et al. 2022, §3.1), with dS = P∘(dP - rowsum(dO∘O)), so that
 what is saved grows with T and not with L².
 
+Where there are kernels for the tensors' dtype (``kernels/csrc/attention.cpp``), they do the same in smaller blocks,
+with scores and their softmax in float32; softcapped scores, other dtypes and other devices go through torch.
+
 Shapes: T tokens, N query heads, G key/value heads (N a multiple of G: grouped-query attention, Ainslie et al. 2023),
 D head size (v's and o's may be another), L rows of one example. Left out: attention dropout (the base is frozen and
 runs as in evaluation), and attention in both directions.
@@ -16,6 +19,7 @@ runs as in evaluation), and attention in both directions.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..kernels import Kernel, find
 
 BLOCK_ROWS = 128
 """Query rows at a time: most of the scores that causality hides are skipped, and products stay large enough."""
@@ -69,42 +75,164 @@ def packed_attention_reference(
     return (p @ v_NTD).transpose(0, 1)
 
 
+def attention(
+    q_NTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, lengths: Sequence[int], masking: Masking
+) -> tuple[Tensor, Tensor | None]:
+    """(o [T, N, D], what ``attention_backward`` wants to know of the softmax); not differentiable by itself.
+
+    q, k and v may have any strides; o is contiguous.
+    """
+    call = _KernelCall.of(q_NTD, k_GTD, v_GTD, lengths, masking)
+    o_TND = q_NTD.new_empty(q_NTD.shape[1], q_NTD.shape[0], v_GTD.shape[-1])
+    if call is not None:
+        return o_TND, call.forward(q_NTD, k_GTD, v_GTD, o_TND)
+    num_heads, groups = q_NTD.shape[0], k_GTD.shape[0]
+    for rows, keys in _blocks(lengths, masking.window):
+        p, _ = _probabilities(_fold(q_NTD[:, rows], groups), k_GTD[:, keys], rows, keys, masking)
+        o_TND[rows] = _unfold(p @ v_GTD[:, keys], num_heads).transpose(0, 1)
+    return o_TND, None
+
+
+def attention_backward(
+    do_TND: Tensor,
+    q_NTD: Tensor,
+    k_GTD: Tensor,
+    v_GTD: Tensor,
+    o_TND: Tensor,
+    softmax: Tensor | None,
+    lengths: Sequence[int],
+    masking: Masking,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), shaped like q, k and v and contiguous as [T, heads, D], from what ``attention`` took and gave."""
+    dq_NTD, dk_GTD, dv_GTD = (
+        t.new_empty(t.shape[1], t.shape[0], t.shape[2]).transpose(0, 1) for t in (q_NTD, k_GTD, v_GTD)
+    )
+    call = None if softmax is None else _KernelCall.of(q_NTD, k_GTD, v_GTD, lengths, masking)
+    if call is not None and softmax is not None:
+        call.backward(do_TND, q_NTD, k_GTD, v_GTD, o_TND, softmax, dq_NTD, dk_GTD, dv_GTD)
+        return dq_NTD, dk_GTD, dv_GTD
+    num_heads, groups = q_NTD.shape[0], k_GTD.shape[0]
+    dk_GTD.zero_()
+    dv_GTD.zero_()
+    for rows, keys in _blocks(lengths, masking.window):
+        q, k, v = _fold(q_NTD[:, rows], groups), k_GTD[:, keys], v_GTD[:, keys]
+        do = _fold(do_TND[rows].transpose(0, 1), groups)
+        o = _fold(o_TND[rows].transpose(0, 1), groups)
+        p, bend = _probabilities(q, k, rows, keys, masking)
+        dv_GTD[:, keys] += p.transpose(1, 2) @ do
+        minus_delta = (do * o).sum(-1, keepdim=True).neg_()
+        ds = torch.baddbmm(minus_delta, do, v.transpose(1, 2)).mul_(p)
+        if bend is not None:
+            ds.mul_(bend)
+        dq_NTD[:, rows] = _unfold(ds @ k, num_heads)
+        dk_GTD[:, keys] += ds.transpose(1, 2) @ q
+    return dq_NTD.mul_(masking.scaling), dk_GTD.mul_(masking.scaling), dv_GTD
+
+
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_NTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, lengths: tuple[int, ...], masking: Masking
     ) -> Tensor:
-        num_heads, num_tokens, _ = q_NTD.shape
-        groups = k_GTD.shape[0]
-        o_TND = q_NTD.new_empty(num_tokens, num_heads, v_GTD.shape[-1])
-        for rows, keys in _blocks(lengths, masking.window):
-            p, _ = _probabilities(_fold(q_NTD[:, rows], groups), k_GTD[:, keys], rows, keys, masking)
-            o_TND[rows] = _unfold(p @ v_GTD[:, keys], num_heads).transpose(0, 1)
+        o_TND, softmax = attention(q_NTD, k_GTD, v_GTD, lengths, masking)
         ctx.lengths, ctx.masking = lengths, masking
-        ctx.save_for_backward(q_NTD, k_GTD, v_GTD, o_TND)
+        ctx.save_for_backward(q_NTD, k_GTD, v_GTD, o_TND, softmax)
         return o_TND
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_NTD, k_GTD, v_GTD, o_TND = ctx.saved_tensors
-        masking: Masking = ctx.masking
-        num_heads, groups = q_NTD.shape[0], k_GTD.shape[0]
-        dq_NTD = torch.empty_like(q_NTD, memory_format=torch.contiguous_format)
-        dk_GTD = torch.zeros_like(k_GTD, memory_format=torch.contiguous_format)
-        dv_GTD = torch.zeros_like(v_GTD, memory_format=torch.contiguous_format)
-        for rows, keys in _blocks(ctx.lengths, masking.window):
-            q, k, v = _fold(q_NTD[:, rows], groups), k_GTD[:, keys], v_GTD[:, keys]
-            do = _fold(grads[0][rows].transpose(0, 1), groups)
-            o = _fold(o_TND[rows].transpose(0, 1), groups)
-            p, bend = _probabilities(q, k, rows, keys, masking)
-            dv_GTD[:, keys] += p.transpose(1, 2) @ do
-            minus_delta = (do * o).sum(-1, keepdim=True).neg_()
-            ds = torch.baddbmm(minus_delta, do, v.transpose(1, 2)).mul_(p)
-            if bend is not None:
-                ds.mul_(bend)
-            dq_NTD[:, rows] = _unfold(ds @ k, num_heads)
-            dk_GTD[:, keys] += ds.transpose(1, 2) @ q
-        return dq_NTD.mul_(masking.scaling), dk_GTD.mul_(masking.scaling), dv_GTD, None, None
+        q_NTD, k_GTD, v_GTD, o_TND, softmax = ctx.saved_tensors
+        of_inputs = attention_backward(grads[0], q_NTD, k_GTD, v_GTD, o_TND, softmax, ctx.lengths, ctx.masking)
+        return *of_inputs, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _KernelCall:
+    """What the kernels take beside the tensors; see the end of ``attention.cpp``."""
+
+    sizes: Any
+    """T, N, G, D, D of v, window, tasks that share a key/value head."""
+    examples: Any
+    """First token and length of each, the longest first: the last to finish should be short."""
+    scaling: float
+    scratch_bytes: tuple[int, int]
+    """Forward's and backward's."""
+
+    @staticmethod
+    def of(q_NTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, lengths: Sequence[int], masking: Masking) -> _KernelCall | None:
+        """None: through torch."""
+        if masking.softcap is not None or not q_NTD.dtype == k_GTD.dtype == v_GTD.dtype or q_NTD.shape[1] == 0:
+            return None
+        if find("attention", "ppppppppifp", q_NTD) is None:
+            return None
+        shape = q_NTD.shape[1], q_NTD.shape[0], k_GTD.shape[0], q_NTD.shape[2], v_GTD.shape[2]
+        return _kernel_call(q_NTD.dtype, shape, tuple(lengths), masking, torch.get_num_threads())
+
+    def forward(self, q_NTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, o_TND: Tensor) -> Tensor:
+        """Writes o; gives each row's largest score (times log2 e) and the inverse of its sum [N, T, 2]."""
+        kernel = find("attention", "ppppppppifp", q_NTD)
+        assert kernel is not None
+        softmax_NT2 = q_NTD.new_empty(q_NTD.shape[0], q_NTD.shape[1], 2, dtype=torch.float32)
+        inputs = [_with_rows(t) for t in (q_NTD, k_GTD, v_GTD)]
+        self._run(kernel, [*inputs, o_TND.transpose(0, 1)], [*inputs, o_TND, softmax_NT2], self.scratch_bytes[0])
+        return softmax_NT2
+
+    def backward(
+        self,
+        do_TND: Tensor,
+        q_NTD: Tensor,
+        k_GTD: Tensor,
+        v_GTD: Tensor,
+        o_TND: Tensor,
+        softmax_NT2: Tensor,
+        dq_NTD: Tensor,
+        dk_GTD: Tensor,
+        dv_GTD: Tensor,
+    ) -> None:
+        """Writes dq, dk and dv."""
+        kernel = find("attention_backward", "ppppppppppppifp", q_NTD)
+        assert kernel is not None
+        upstream = (o_TND.transpose(0, 1), do_TND.transpose(0, 1))
+        inputs = [_with_rows(t) for t in (q_NTD, k_GTD, v_GTD, *upstream)]
+        outputs = [dq_NTD, dk_GTD, dv_GTD]
+        self._run(kernel, inputs + outputs, [*inputs, softmax_NT2, *outputs], self.scratch_bytes[1])
+
+    def _run(self, kernel: Kernel, strided: list[Tensor], tensors: list[Tensor], scratch_bytes: int) -> None:
+        strides = [stride for t in strided for stride in (t.stride(1), t.stride(0))]
+        scratch = torch.empty(scratch_bytes, dtype=torch.uint8)
+        addresses = [t.data_ptr() for t in tensors]
+        count = len(self.examples) // 2
+        kernel(*addresses, self.sizes, _int64s(strides), self.examples, count, self.scaling, scratch.data_ptr())
+
+
+@lru_cache(maxsize=64)
+def _kernel_call(
+    dtype: torch.dtype, shape: tuple[int, ...], lengths: tuple[int, ...], masking: Masking, num_threads: int
+) -> _KernelCall:
+    """Scratch is each thread's own, hence their number."""
+    _, num_heads, groups, *_ = shape
+    window = masking.window or max(lengths)
+    work = [length * min(length, window) for length in lengths]
+    # Few large tasks are cut by query heads. The threads have no say in it: they must not change any bit.
+    parts = num_heads // groups if groups * sum(work) < 8 * max(work) else 1
+    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+    examples = sorted(((length, first) for first, length in zip(firsts, lengths, strict=True) if length), reverse=True)
+    sizes = _int64s([*shape, window, parts])
+    scratch_bytes = _int64s([0, 0])
+    count_scratch = find("attention_scratch", "ppi", torch.empty(0, dtype=dtype))
+    assert count_scratch is not None
+    count_scratch(scratch_bytes, sizes, examples[0][0])
+    flat = [number for length, first in examples for number in (first, length)]
+    return _KernelCall(sizes, _int64s(flat), masking.scaling, (scratch_bytes[0], scratch_bytes[1]))
+
+
+def _int64s(numbers: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """x whose rows are contiguous, as they nearly always are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[slice, slice]]:

@@ -5,9 +5,10 @@ skip ahead, so the numbers of row n are reached without drawing those before it:
 alone, in company, in other micro-batches and after a resume.
 
 Fifteen random bits decide an entry: p is met to 1/32,768, and kept entries are scaled by the exact inverse of the
-probability that was used. A mask is all ones or all zeros in the bits of an integer, so that dropping is a bitwise
-*and*: comparing, filling and multiplying by a mask each take torch five to ten times as long on a CPU. Between forward
-and backward a mask is kept as one bit an entry.
+probability that was used. A mask is one bit an entry, from forward to backward.
+
+Shapes: T rows, K columns; a mask is uint8 [T, ⌈K/8⌉], whose bit k mod 8 of byte k div 8 is set where entry k is kept.
+``DropoutMask.draw_reference`` and ``kept_reference`` are the plain twins.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import find, function
+
 _LEVELS = 1 << 15
 _ENTRIES_PER_WORD = 4
 """A word of 64 random bits makes four entries."""
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by their size in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,37 +61,68 @@ class DropoutMask:
         return _LEVELS / (_LEVELS - self._dropped_levels)
 
     def draw(self, num_rows: int, num_columns: int) -> Tensor:
-        """int16 [num_rows, num_columns]: −1, which is all ones, where kept, and 0 where dropped."""
-        # Rows start at whole words, so that a row's bits don't depend on how many rows came before in this call.
+        """The mask's bits, uint8 [num_rows, ⌈num_columns/8⌉]."""
+        kernel = function("dropout_bits", "iiiiipii")
+        if kernel is None:
+            return self.draw_reference(num_rows, num_columns)
+        drawn: Any = self._generator(num_columns).state["state"]
+        words = (part for key in ("state", "inc") for part in (_signed(drawn[key] >> 64), _signed(drawn[key])))
+        bits = torch.empty(num_rows, math.ceil(num_columns / 8), dtype=torch.uint8)
+        kernel(*words, self._highest_dropped, bits.data_ptr(), num_rows, num_columns)
+        return bits
+
+    def draw_reference(self, num_rows: int, num_columns: int) -> Tensor:
+        """The plain twin of ``draw``."""
         words_per_row = math.ceil(num_columns / _ENTRIES_PER_WORD)
+        words = self._generator(num_columns).random_raw(num_rows * words_per_row).view(np.int16)
+        numbers = words.reshape(num_rows, words_per_row * _ENTRIES_PER_WORD)[:, :num_columns] >> 1
+        return torch.from_numpy(np.packbits(numbers > self._highest_dropped, axis=1, bitorder="little"))
+
+    def _generator(self, num_columns: int) -> np.random.PCG64DXSM:
+        """Standing where the first row begins: at a whole word, so that a row's bits don't depend on how many rows came
+        before it in this call."""
         generator = np.random.PCG64DXSM(self.key)
-        generator.advance(self.first_row * words_per_row)
-        words = torch.from_numpy(generator.random_raw(num_rows * words_per_row).view(np.int16))
-        number = words.view(num_rows, words_per_row * _ENTRIES_PER_WORD)[:, :num_columns] >> 1
-        highest_dropped = self._dropped_levels - _LEVELS // 2 - 1
-        return torch.rsub(number, highest_dropped).bitwise_right_shift_(15)  # the sign of (highest_dropped - number)
+        generator.advance(self.first_row * math.ceil(num_columns / _ENTRIES_PER_WORD))
+        return generator
 
     def scale_for(self, x_TK: Tensor) -> Tensor:
         """The mask as a factor in x's dtype, 0 or ``scale``: the plain twin of ``kept``."""
-        return (self.draw(*x_TK.shape) != 0).to(x_TK.device, x_TK.dtype) * self.scale
+        return unpack(self.draw(*x_TK.shape), x_TK.shape[1]).to(x_TK.device, x_TK.dtype) * self.scale
 
     @property
     def _dropped_levels(self) -> int:
         return min(round(self.p * _LEVELS), _LEVELS - 1)
 
-
-def kept(x_TK: Tensor, mask_TK: Tensor) -> Tensor:
-    """x with zeros where ``draw`` gave zero, not scaled yet; a new tensor."""
-    bits = _BITS[x_TK.element_size()]
-    return (x_TK.view(bits) & mask_TK.to(x_TK.device, bits)).view(x_TK.dtype)
-
-
-def pack_bits(mask_TK: Tensor) -> Tensor:
-    """A mask of ``draw`` as one bit an entry: uint8 [⌈T·K/8⌉]."""
-    return torch.from_numpy(np.packbits(mask_TK.numpy() != 0))
+    @property
+    def _highest_dropped(self) -> int:
+        """Of the numbers from -2¹⁴ on that are drawn."""
+        return self._dropped_levels - _LEVELS // 2 - 1
 
 
-def unpack_bits(packed: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    """The inverse of ``pack_bits``."""
-    bits = np.unpackbits(packed.numpy(), count=num_rows * num_columns)
-    return torch.from_numpy(bits.view(np.int8)).view(num_rows, num_columns).neg_().to(torch.int16)
+def kept(x_TK: Tensor, bits: Tensor, onto: Tensor | None = None) -> Tensor:
+    """x with zeros where the mask drops, not scaled: a new tensor, or added to ``onto``."""
+    kernel = find("keep", "pppiii", x_TK)
+    if kernel is None or not (onto is None or onto.is_contiguous()):
+        y_TK = kept_reference(x_TK, bits)
+        return y_TK if onto is None else onto.add_(y_TK)
+    x_TK = x_TK.contiguous()
+    y_TK = torch.empty_like(x_TK) if onto is None else onto
+    kernel(x_TK.data_ptr(), bits.data_ptr(), y_TK.data_ptr(), *x_TK.shape, onto is not None)
+    return y_TK
+
+
+def kept_reference(x_TK: Tensor, bits: Tensor) -> Tensor:
+    """The plain twin of ``kept``."""
+    return torch.where(unpack(bits, x_TK.shape[1]).to(x_TK.device), x_TK, 0)
+
+
+def unpack(bits: Tensor, num_columns: int) -> Tensor:
+    """A mask's bits as bool [T, num_columns], True where kept."""
+    numbers = np.unpackbits(bits.numpy(), axis=1, count=num_columns, bitorder="little")
+    return torch.from_numpy(numbers.view(np.bool_))
+
+
+def _signed(number: int) -> int:
+    """The low 64 bits as a C interface takes them."""
+    low = number & (2**64 - 1)
+    return low - 2**64 if low >= 2**63 else low

@@ -29,6 +29,7 @@ from ..data.render import Tokens
 from ..errors import UserError
 from ..nn.attention import use_packed_attention
 from ..nn.batch import Batch, batch, checkpoint_context
+from ..nn.families import LeanLayer, recompute_mlp
 from ..nn.storage import frozen_weight, is_linear
 from ..nn.walk import adapted_layers
 from ..ops.dropout import DropoutKey
@@ -88,29 +89,43 @@ def examine(model: PreTrainedModel) -> LanguageModel:
 def training_mode(language_model: LanguageModel, *, checkpointing: bool) -> Iterator[None]:
     """Adapters' dropout on, and gradient checkpointing if asked for; the base stays in evaluation mode.
 
+    Checkpointing is selective where layers are lean (``nn/families``): what is large and cheap is computed again. Other
+    layers are run again whole.
+
     The base is frozen, and dropout of its own would only make the run depend on how examples lie in memory.
     Backward belongs in here too: a checkpointed layer runs again then, and must attend as it did the first time.
     """
     model = language_model.model
     model.eval()
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if checkpointing else []
-    with use_packed_attention(model) if language_model.packs else nullcontext():
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if checkpointing else []
+    selective = [block for block in blocks if isinstance(block, LeanLayer)]
+    whole = [block for block in blocks if not isinstance(block, LeanLayer)]
+    with (
+        use_packed_attention(model) if language_model.packs else nullcontext(),
+        recompute_mlp(selective),
+        _checkpointed(model, whole) if whole or (checkpointing and not selective) else nullcontext(),
+    ):
         try:
-            if checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_context})
-            for layer in layers:
-                layer.training = True  # without this flag it doesn't checkpoint; children stay in evaluation mode
-                run: Any = layer._gradient_checkpointing_func
-                layer.__dict__[_RUN] = partial(_run_in_evaluation, layer, run)
             for _, adapted in adapted_layers(model):
                 adapted.training = True
             yield
         finally:
-            if checkpointing:
-                model.activation_checkpointing_disable()
-                for layer in layers:
-                    layer.__dict__.pop(_RUN, None)
             model.eval()
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel, layers: Sequence[Any]) -> Iterator[None]:
+    """transformers' own checkpointing, of whole layers."""
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_context})
+    for layer in layers:
+        layer.training = True  # without this flag it doesn't checkpoint; children stay in evaluation mode
+        layer.__dict__[_RUN] = partial(_run_in_evaluation, layer, layer._gradient_checkpointing_func)
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+        for layer in layers:
+            layer.__dict__.pop(_RUN, None)
 
 
 @contextmanager
