@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from ..ops.frozen import DenseWeight, FrozenWeight
 from .lowrank import LowRankBeside, runs
-from .merged import merged_weight, twin
+from .merged import dense_weight, merged_weight, twin
+from .quantized import QuantizedEmbedding
 
 
 def is_embedding(layer: nn.Module) -> bool:
     """Whether a layer looks ids up in its weight and does no more than scale them (learned positions do, in OPT)."""
     is_plain = type(layer).forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
-    return isinstance(layer, nn.Embedding) and is_plain
+    return isinstance(layer, nn.Embedding) and (is_plain or isinstance(layer, QuantizedEmbedding))
 
 
 class AdaptedEmbedding(LowRankBeside):
@@ -52,9 +53,7 @@ class AdaptedEmbedding(LowRankBeside):
     def merged_layer(self, base: nn.Module, names: Sequence[str]) -> nn.Module:
         """A plain embedding that gives what ``base`` and these adapters do together; at least one must be here."""
         adapters = [self.adapter(name) for name in names if name in self.adapters]
-        w_VH = base.weight
-        assert isinstance(w_VH, Tensor)
-        return twin(base, merged_weight(w_VH.T, adapters).T.contiguous())
+        return twin(base, merged_weight(dense_weight(base).T, adapters).T.contiguous())
 
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base_layer(ids)
@@ -63,7 +62,8 @@ class AdaptedEmbedding(LowRankBeside):
         if not parts:
             return y
         flat = flat.clone()
-        scale = getattr(self.base_layer, "embed_scale", 1.0)  # Gemma 3 multiplies what it looks up; so does PEFT
+        scale = getattr(self.base_layer, "embed_scale", None)
+        scale = 1.0 if scale is None else scale  # Gemma 3 multiplies what it looks up; so does PEFT
         for rows, name in parts:
             adapter, c_H = self.adapter(name), self.column_scale(name)
             z_TR = F.embedding(ids.reshape(-1)[rows], adapter.lora_A.T, padding_idx=self.padding_idx)

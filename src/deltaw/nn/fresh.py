@@ -5,7 +5,10 @@ Shapes: K inputs, N outputs, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from ..config import LoraConfig
 from . import starts
@@ -15,13 +18,26 @@ from .lowrank import LowRank
 from .walk import AdaptedLayer
 
 
-def fresh_adapter(layer: AdaptedLayer, config: LoraConfig, start: starts.Start | None = None) -> LowRank:
+def fresh_adapter(
+    layer: AdaptedLayer,
+    config: LoraConfig,
+    start: starts.Start | None = None,
+    *,
+    original: Callable[[], Tensor] | None = None,
+) -> LowRank:
     """An untrained adapter for one layer, on its device, in float32 (float64 over a float64 base).
 
-    Raises ``UserError`` where the config's start can't be made for this layer.
+    ``original`` reads W as it was before the base was quantised, for a start that asks. Raises ``UserError`` where the
+    config's start can't be made for this layer.
     """
     scaling, weight = config.scaling_of(layer.name), layer.weight
-    site = starts.Site(name=layer.name, weight=layer.storage, rank=config.rank_of(layer.name), scaling=scaling)
+    site = starts.Site(
+        name=layer.name,
+        weight=layer.storage,
+        rank=config.rank_of(layer.name),
+        scaling=scaling,
+        original=original,
+    )
     is_lookup = isinstance(layer, AdaptedEmbedding)
     start = start or (starts.embedding_start_for(config) if is_lookup else starts.start_for(config))
     made = start(site)

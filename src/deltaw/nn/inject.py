@@ -21,12 +21,15 @@ from ..targets import choose, compact
 from .biases import TrainedBiases
 from .embedding import AdaptedEmbedding
 from .extras import WRAPPERS
+from .families import lean, plain
 from .fresh import fresh_adapter
 from .linear import AdaptedLinear
 from .lowrank import Active, LowRank
 from .merged import follow
+from .quantized_base import original_of, quantized_base
 from .saved import SavedModule
 from .scope import bias_parameters, check_layers, find_extras, modules_to_save
+from .starts import is_quantised
 from .state import attach, check_known, check_together, detach, state_of
 from .storage import frozen_weight, is_linear
 from .walk import AdaptedLayer, base_of, carriers, head_name, linear_names, logical_modules, saved_modules
@@ -61,7 +64,7 @@ def inject(
     extras = find_extras(model, config)
     if chosen is None:
         chosen = choose(config, names, linear_names(model), head=head_name(model), parameters=extras.parameter_names)
-    make = make or (lambda layer: fresh_adapter(layer, config))
+    make = make or (lambda layer: fresh_adapter(layer, config, original=original_of(model, layer)))
     check_layers(config, {n: modules[n] for n in chosen})
     saved = modules_to_save(config, modules, chosen, strict=is_fresh)
     biases = bias_parameters(modules, chosen, saved, config.bias, strict=is_fresh)
@@ -75,6 +78,8 @@ def inject(
     # All is made before anything is put in place: what fails in between leaves no half-adapted model.
     layers = {target: _adapted(target, modules[target], state.active) for target in chosen}
     adapters = {target: make(layer) for target, layer in layers.items()}
+    is_bound = config.init_lora_weights == "loftq" and any(is_quantised(layer.storage) for layer in layers.values())
+    base = quantized_base(model) if is_bound else None
     wrappers = {target: _saved(target, modules[target], state.active) for target in saved}
     copies = {target: wrapper.fresh_copy() for target, wrapper in wrappers.items()}
     others = list(extras.make(config, modules, state.active, trained))
@@ -101,9 +106,12 @@ def inject(
         _put(modules, target, carrier)
     if biases:
         state.biases[name] = trained_biases
+    if base is not None:
+        state.bound[name] = base
     state.configs[name] = resolved
     state.parts[name] = _parts(model, name)
     activate(model, [name], trainable=trainable)
+    lean(model)
     return chosen
 
 
@@ -122,6 +130,7 @@ def restore(model: nn.Module, name: str | None = None) -> None:
         state.biases.pop(adapter, None)
         state.trainable.discard(adapter)
         state.parts.pop(adapter, None)
+        state.bound.pop(adapter, None)
     for target, layer in [*carriers(model), *saved_modules(model)]:
         kept = layer.copies if isinstance(layer, SavedModule) else layer.adapters
         for adapter in gone:
@@ -130,6 +139,7 @@ def restore(model: nn.Module, name: str | None = None) -> None:
         if not len(kept):
             model.set_submodule(target, layer.base_layer)
     if not state.configs:
+        plain(model)
         detach(model)
 
 

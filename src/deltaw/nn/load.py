@@ -7,6 +7,8 @@ at random, and the identity of the base, which every adapter trained on it recor
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import os
 import tempfile
@@ -19,6 +21,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,7 +30,12 @@ from transformers import (
 )
 
 from ..errors import UserError
-from .locate import BaseInfo, first_line, locate, sha256_of_file
+from ..ops.quantized import METHODS, Method
+from . import gguf
+from .load_quantized import Progress, load_quantized
+from .locate import BaseInfo, first_line, locate, sha256_of_file, weight_files
+from .quantized import quantized_bytes
+from .quantized_format import is_stored
 
 log = logging.getLogger("deltaw")
 
@@ -48,14 +57,19 @@ def forget_base(model: nn.Module) -> None:
 def load_base(
     model: str | Path,
     *,
-    quantization: str | None = None,
+    quantization: str | Method | None = None,
+    quantize_head: bool = False,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    progress: Progress = lambda done, total: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, frozen and in evaluation mode, and its tokenizer.
 
     ``model``: ``"smollm2-135m"``, a folder in transformers' format, a ``.gguf`` file, or a hub id.
-    ``quantization``: None; dense weights.
+    ``quantization``: "nf4" (QLoRA's: NF4 with double quantisation), "nf4-single", "fp4", "int4" or a ``Method``: linear
+    layers are quantised while they are read, and the dense model is never held. None: as the files are; a checkpoint
+    in 4 bits, ours or bitsandbytes', is read as such. ``quantize_head``: the output head as well, and the embedding
+    where both are one. ``progress`` is told (done, total) of what is quantised.
     ``dtype``: ``"float32"``, ``"bfloat16"``, ``"float16"`` (CUDA only) or ``"auto"``, the checkpoint's own (bfloat16
     for GGUF, and for float16 checkpoints on a CPU).
     ``device``: ``"cpu"``, ``"cuda"`` … or ``"auto"``, CUDA where there is one.
@@ -63,28 +77,47 @@ def load_base(
     The tokenizer has a padding token (EOS where it came with none); the vocabulary is never touched.
     Raises ``UserError`` for anything that isn't there, isn't a base, or can't be read whole.
     """
-    if quantization not in (None, "none"):
-        raise UserError(f"quantization={quantization!r}: expected none; 4-bit bases are not supported by this version")
+    method = _method(quantization)
     where = _device(device)
     wanted = _dtype(dtype, where)
-    info = locate(str(model))
-    folder = info.folder if info.gguf is None else _converted(info.gguf, wanted or torch.bfloat16)
+    name = str(model)
+    is_stored = _is_stored(name)
+    if is_stored and method is not None:
+        raise UserError(f"{name}: quantised already; load it as it is, or give the dense weights that it was made from")
+    info = locate(name)
+    is_ours = (method is not None or is_stored is not None) and not _is_for_bitsandbytes(
+        is_stored or method, where, head=quantize_head
+    )
+    direct: dict[str, Any] = {}
+    if info.gguf is not None and is_ours and not _conversions(info.gguf)[wanted or torch.bfloat16].is_dir():
+        direct = {"gguf_file": info.gguf.name} if gguf.is_readable(info.gguf) else {}
+    is_converted = info.gguf is not None and not direct
+    folder = _converted(info.gguf, wanted or torch.bfloat16) if info.gguf and is_converted else info.folder
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        loaded = wanted or _own_dtype(config, where)
-        tokenizer = _tokenizer(folder)
-        loaded_model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=loaded,
-            output_loading_info=True,
-            trust_remote_code=False,
-            weights_only=True,  # a pickle (.bin) may hold tensors and nothing that runs
-        )
-        network, report = loaded_model
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **direct)
+        loaded = wanted or (torch.bfloat16 if direct else _own_dtype(config, where))
+        tokenizer = _tokenizer(folder, **direct)
+        if is_ours:
+            files = list(info.files) if direct else weight_files(folder)
+            network, report = load_quantized(files, config, loaded, method, head=quantize_head, progress=progress)
+            _like_from_pretrained(network, folder)
+        else:
+            options = {} if method is None else _through_bitsandbytes(method, loaded, where)
+            loaded_model: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=loaded,
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,  # a pickle (.bin) may hold tensors and nothing that runs
+                **options,
+            )
+            network, report = loaded_model
+    except UserError:
+        raise
     except Exception as error:  # transformers raises whatever a damaged or foreign file leads it to
         raise UserError(f"{model}: can't be loaded as a language model: {first_line(error)}") from None
-    _check_complete(str(model), report)
+    _check_complete(name, report)
     network.requires_grad_(False).eval().to(where)
     network.__dict__[_BASE] = info
     return network, tokenizer
@@ -118,14 +151,19 @@ def skeleton(model: str | Path) -> PreTrainedModel:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of all the model's parameters as they lie in memory, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of all the model's weights as they lie in memory, dense and in codes, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) + quantized_bytes(model)
 
 
 def cache_folder() -> Path:
     """Where converted bases are kept: ``$DELTAW_CACHE``, else ``deltaw`` in the user's cache folder."""
     own = os.environ.get("DELTAW_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deltaw"
+
+
+def weights_folder(info: BaseInfo) -> Path:
+    """Where a base's weights lie in transformers' format: its folder; a GGUF file's conversion, made where it isn't."""
+    return info.folder if info.gguf is None else _converted(info.gguf, torch.bfloat16)
 
 
 def _description(name: str) -> tuple[Path, dict[str, Any]]:
@@ -135,6 +173,57 @@ def _description(name: str) -> tuple[Path, dict[str, Any]]:
         return info.folder, {}
     converted = next((path for path in _conversions(info.gguf).values() if path.is_dir()), None)
     return (info.gguf.parent, {"gguf_file": info.gguf.name}) if converted is None else (converted, {})
+
+
+def _method(quantization: str | Method | None) -> Method | None:
+    if quantization is None or quantization == "none" or isinstance(quantization, Method):
+        return None if isinstance(quantization, str) else quantization
+    if quantization not in METHODS:
+        raise UserError(f"quantization={quantization!r}: expected none, {', '.join(METHODS)}")
+    return METHODS[quantization]
+
+
+def _is_stored(name: str) -> str | None:
+    """By whom a base is in 4 bits already (``is_stored``), by its config alone: no weights are read, or fetched.
+
+    Raises ``UserError`` for one that is quantised in a way that isn't read here.
+    """
+    info = locate(name, weights=False)
+    try:
+        declared = json.loads((info.folder / "config.json").read_text("utf-8")) if info.gguf is None else {}
+    except (OSError, ValueError, RecursionError):
+        return None  # reading the whole of it will say what is wrong
+    whole = declared if isinstance(declared, dict) else {}
+    texts = [part for part in (whole, whole.get("text_config")) if isinstance(part, dict)]
+    given = [part["quantization_config"] for part in texts if part.get("quantization_config") is not None]
+    return is_stored(name, given[0]) if given else None
+
+
+def _like_from_pretrained(network: PreTrainedModel, folder: Path) -> None:
+    """What transformers adds to a model that it reads from a folder itself."""
+    network.name_or_path = network.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        network.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _is_for_bitsandbytes(what: str | Method | None, device: torch.device, *, head: bool) -> bool:
+    """On CUDA bitsandbytes' own kernels compute, where it is installed and has the kind."""
+    if isinstance(what, Method):
+        is_its = what.kind in ("nf4", "fp4") and what.block_size == 64 and not head
+    else:
+        is_its = what == "bitsandbytes"
+    return device.type == "cuda" and is_its and importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _through_bitsandbytes(method: Method, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """How transformers is asked to quantise while it loads (not measured: no CUDA device was at hand)."""
+    asked = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method.kind,
+        bnb_4bit_use_double_quant=method.double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": asked, "device_map": {"": device}}
 
 
 def _tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:

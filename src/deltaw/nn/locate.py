@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import re
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ _HUB_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 """What is fetched from the hub, the second only where the first isn't there: some repositories hold further copies in
 layouts that nothing here reads."""
 _HUB_REST = ("*.json", "*.model", "*.txt", "*.jinja")
+ORIGIN = "deltaw_quantized_from"
+"""Key in a quantised checkpoint's config.json: the identity of what it was made from, whose adapters fit it."""
+
 _LARGE = 2 * 10**9
 """Bytes that take longer than a second or two to hash."""
 
@@ -42,7 +46,9 @@ class BaseInfo:
 
     @cached_property
     def sha256(self) -> str:
-        """Identity of the weights as they were published, whatever dtype they are loaded in."""
+        """Identity of the weights as they were published, whatever dtype they are loaded in, or were quantised to."""
+        if (origin := _origin(self.folder)) is not None and self.gguf is None:
+            return origin
         num_bytes = sum(path.stat().st_size for path in self.files)
         if num_bytes > _LARGE:
             log.info("reading %s's %.0f GB once to know them again (sha256) …", self.name, num_bytes / 1e9)
@@ -81,6 +87,32 @@ def locate(name: str, *, weights: bool = True) -> BaseInfo:
     raise _no_such_model(name, "no folder or file of that name")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that together are a model in transformers' format, out of all that may lie beside it.
+
+    Raises ``UserError`` where the folder's index names others than lie in it, or there are none of the usual names.
+    """
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{whole}.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (folder / whole).is_file():
+            return [folder / whole]
+    raise UserError(f"{folder}: no model.safetensors and no index of several; expected a model saved by transformers")
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        files = [index.parent / name for name in sorted(names) if name == Path(name).name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: not an index of weights ({first_line(error)}); get a complete copy") from None
+    missing = [file.name for file in files if not file.is_file()] or ([] if len(files) == len(names) else ["others"])
+    if missing or not files:
+        raise UserError(f"{index}: names files that aren't here ({', '.join(missing[:4])}); get a complete copy")
+    return files
+
+
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file; the hub's cache already names large files by it."""
     blob = path.resolve()
@@ -93,6 +125,16 @@ def sha256_of_file(path: Path) -> str:
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for a message."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _origin(folder: Path) -> str | None:
+    """What a quantised checkpoint says that it was made from."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        origin = config.get(ORIGIN) if config.get("quantization_config") else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return origin if isinstance(origin, str) and re.fullmatch(r"[0-9a-f]{64}", origin) else None
 
 
 def _embedded(name: str) -> BaseInfo:

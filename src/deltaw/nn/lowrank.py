@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..ops.frozen import FrozenWeight
 from .batch import BASE, Batch, current_batch
 from .dora import NormCache
+from .quantized import QuantizedModule
 
 
 class LowRank(nn.Module):
@@ -68,7 +69,7 @@ class LowRank(nn.Module):
         """ΔW in float32 (float64 where the factors are), without DoRA's scale."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         a_RK, b_NR = self.joined()
-        return self.scaling * (b_NR.to(dtype) @ a_RK.to(dtype))
+        return (self.scaling * b_NR.to(dtype)) @ a_RK.to(dtype)  # the small factor scaled: one dense matrix, not two
 
     def extra_repr(self) -> str:
         rank, width = self.lora_A.shape
@@ -132,6 +133,11 @@ class LowRankBeside(Beside):
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
+    def stored(self) -> Tensor:
+        """What the base keeps its weight in: is the same tensor as long as the weight is the same."""
+        return self.base_layer.quantized.packed if isinstance(self.base_layer, QuantizedModule) else self.weight
+
+    @property
     def storage(self) -> FrozenWeight:
         """W [N, K] of the linear layer that this is, or stands for."""
         raise NotImplementedError
@@ -147,7 +153,7 @@ class LowRankBeside(Beside):
         if adapter.lora_magnitude_vector is None:
             return None
         a_RK, b_NR = adapter.lora_A, adapter.lora_B
-        norm_N = adapter.norms.norm(self.storage, self.weight, a_RK, b_NR, adapter.scaling, adapter.joined)
+        norm_N = adapter.norms.norm(self.storage, self.stored, a_RK, b_NR, adapter.scaling, adapter.joined)
         return adapter.lora_magnitude_vector / norm_N
 
 

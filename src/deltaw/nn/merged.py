@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.frozen import DenseWeight
+from ..ops.nf4 import dequantize
 from .lowrank import LowRank
+from .quantized import QuantizedModule
 from .storage import frozen_weight, is_linear
 
 
@@ -43,17 +45,26 @@ def merged_weight(w_NK: Tensor, adapters: Sequence[LowRank]) -> Tensor:
 
 def is_dense(layer: nn.Module) -> bool:
     """Whether a layer's weight is plain numbers: of linear layers those that are neither quantised nor packed."""
+    if isinstance(layer, QuantizedModule):
+        return False
     return not is_linear(layer) or isinstance(frozen_weight(layer), DenseWeight)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """W [N, K] of a linear layer; float32 out of any other storage, to be cast when it is known to what."""
-    w_NK = frozen_weight(layer).dequantize()
+    """W [N, K] of a linear layer, or an embedding's table.
+
+    float32 out of any other storage than a dense one, to be cast when it is known to what.
+    """
+    if isinstance(layer, QuantizedModule):
+        return dequantize(layer.quantized, torch.float32)
+    w_NK = layer.weight if isinstance(layer, nn.Embedding) else frozen_weight(layer).dequantize()
     return w_NK if is_dense(layer) else w_NK.to(torch.promote_types(w_NK.dtype, torch.float32))
 
 
 def with_weight(layer: nn.Module, w_NK: Tensor) -> nn.Module:
     """A linear layer that is ``layer`` with another W: dense, whatever storage ``layer`` has; the bias is shared."""
+    if isinstance(layer, QuantizedModule):
+        return layer.as_dense(w_NK)
     storage = frozen_weight(layer)
     if isinstance(storage, DenseWeight):
         return twin(layer, w_NK.T.contiguous() if storage.transposed else w_NK)
@@ -65,6 +76,8 @@ def with_weight(layer: nn.Module, w_NK: Tensor) -> nn.Module:
 
 def twin(layer: nn.Module, weight: Tensor) -> nn.Module:
     """``layer`` with another ``weight``, sharing all the rest with it."""
+    if isinstance(layer, QuantizedModule):
+        return layer.as_dense(weight)
     other = copy.copy(layer)
     other._parameters = dict(layer._parameters)
     other.__dict__.pop("forward", None)  # one of its own (accelerate's hooks set such) computes with the old weight
@@ -76,7 +89,7 @@ def follow(layer: nn.Module, stand_in: nn.Module) -> None:
     """Take ``layer`` to where its stand-in has gone meanwhile: mode, device and dtype of what the two don't share."""
     layer.train(stand_in.training)
     theirs = dict(stand_in.named_parameters())
-    device = next(iter(theirs.values())).device
+    device = next(iter([*theirs.values(), *stand_in.buffers()])).device
     if any(tensor.device != device for tensor in [*layer.parameters(), *layer.buffers()]):
         layer.to(device)
     for name, parameter in layer.named_parameters():

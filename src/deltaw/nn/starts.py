@@ -6,12 +6,15 @@
     "orthogonal"        both random, with B·A zero all the same
     "pissa"             the r leading singular vectors of W;  "pissa_niter_16": found in 16 rounds of subspace iteration
     "olora"             the leading r columns and rows of W's QR factors
-    "loftq"             the r leading singular vectors of what quantising W would lose
+    "loftq"             the r leading singular vectors of what quantising W has lost, or would lose
     "eva"               the leading singular vectors of the layer's inputs (``nn/eva.py``); until it has seen any, True
 
 Step 0 is the base model, and no start changes the base. Where B·A isn't zero at the start (PiSSA, OLoRA, LoftQ) PEFT
 takes s·B·A off the weight, once and for all adapters. Here the adapter keeps a frozen copy (A₀, B₀) and is
 s·(B·A − B₀·A₀): the same function of A and B, beside a base that others share.
+
+LoftQ on a quantised base is the one start that means not to begin at that base: W_q + s·B·A is nearer to the W that
+was quantised. Nothing is subtracted then, and the adapter belongs to that very base (``nn/quantized_base.py``).
 
 Random factors are drawn in float32 from torch's generator, on the CPU, so that a seed means the same everywhere;
 "pissa_niter_…" draws where the weight is. Factorisations are float32, on the weight's device.
@@ -32,9 +35,11 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import UserError
-from ..ops.frozen import DenseWeight, FrozenWeight
+from ..ops.frozen import FrozenWeight
 from ..ops.nf4 import dequantize, quantize
+from ..ops.quantized import QuantizedWeight
 from ..settings import LoftQConfig
+from .bnb import BnbWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,6 +53,8 @@ class Site:
     rank: int
     scaling: float
     """s of ΔW = s·B·A."""
+    original: Callable[[], Tensor] | None = None
+    """Reads W [N, K] as it was before the base was quantised, or raises ``UserError`` where nobody knows it."""
 
 
 class Factors(NamedTuple):
@@ -145,13 +152,11 @@ def loftq(site: Site, *, bits: int = 4, rounds: int = 1) -> Factors:
     From B·A = 0, in turn: Q = quantised(W − B·A), then B·A = the best approximation of W − Q of rank r. As in PEFT the
     factors do not allow for s: they make good the loss where α = r.
 
-    W itself stays dense here, so nothing is lost and the start is subtracted like any other: what is left of LoftQ is
-    where A and B set out from.
+    Where W itself stays dense, nothing is lost and the start is subtracted like any other: what is left of LoftQ is
+    where A and B set out from. Over a quantised base see ``_loftq_of_loss``.
     """
-    if not isinstance(site.weight, DenseWeight):
-        raise UserError(
-            f"init_lora_weights='loftq': {site.name} is quantised already; load the base without quantisation"
-        )
+    if is_quantised(site.weight):
+        return _loftq_of_loss(site, bits, rounds)
     w_NK = _dense(site, "loftq")
     target_NK = w_NK
     for last in range(rounds):
@@ -163,6 +168,32 @@ def loftq(site: Site, *, bits: int = 4, rounds: int = 1) -> Factors:
     return Factors(a_RK, b_NR, is_subtracted=True)
 
 
+def _loftq_of_loss(site: Site, bits: int, rounds: int) -> Factors:
+    """What quantising W has lost: s·B·A is the best approximation of W − W_q of rank r, so that W_q + s·B·A ≈ W.
+
+    One round of algorithm 1, whose others would quantise the base anew, which others share. Raises ``UserError`` where
+    W can't be read again, and for settings that mean another base.
+    """
+    if bits != 4 or rounds != 1:
+        raise UserError(
+            f"init_lora_weights='loftq': {site.name} is quantised already, and stays as it is; loftq_bits={bits} and "
+            f"loftq_iter={rounds} would quantise it anew: expected 4 and 1, or a base loaded without quantisation"
+        )
+    assert site.original is not None, site.name
+    if site.scaling <= 0:
+        raise UserError(f"init_lora_weights='loftq' needs a positive lora_alpha; {site.name} has none: change alpha")
+    w_NK = _dense(site, "loftq")
+    lost_NK = site.original().to(w_NK.device, torch.float32) - w_NK
+    u_NR, s_R, vt_RK = _leading(lost_NK, site.rank)
+    root_R = (s_R / site.scaling).sqrt()
+    return Factors(root_R[:, None] * vt_RK, u_NR * root_R)
+
+
+def is_quantised(weight: FrozenWeight) -> bool:
+    """Whether a weight is not what was published but what is left of it in a few bits."""
+    return isinstance(weight, QuantizedWeight | BnbWeight)
+
+
 def blank(site: Site, *, is_subtracted: bool = False) -> Factors:
     """Zeros, to be filled from a file."""
     return Factors(torch.zeros(site.rank, site.weight.in_features), _no_b(site), is_subtracted)
@@ -170,8 +201,10 @@ def blank(site: Site, *, is_subtracted: bool = False) -> Factors:
 
 def blank_for(config: LoraConfig) -> Start:
     """Zeros of the shapes that the config's start makes, at none of its cost."""
-    is_subtracted = str(config.init_lora_weights).partition("_")[0] in ("pissa", "olora", "loftq")
-    return partial(blank, is_subtracted=is_subtracted)
+    start = str(config.init_lora_weights).partition("_")[0]
+    if start == "loftq":
+        return lambda site: blank(site, is_subtracted=not is_quantised(site.weight))
+    return partial(blank, is_subtracted=start in ("pissa", "olora"))
 
 
 _BY_NAME: dict[bool | str, Start] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 
@@ -17,6 +18,15 @@ from .lowrank import Active
 from .tokens import TokenRows, check_apart
 
 _KEY = "_deltaw_adapters"
+
+
+class QuantizedBase(NamedTuple):
+    """Which 4-bit weights a model has."""
+
+    sha256: str
+    """Of all codes and scales (``quantized_base.py``)."""
+    method: str
+    """How they came to be, as ``--quantization`` names it."""
 
 
 @dataclass
@@ -31,6 +41,8 @@ class AdapterState:
     """Adapters that were active when all were switched off, to come back when they are switched on again."""
     trainable: set[str] = field(default_factory=set)
     """Adapters that require gradients while they are active."""
+    bound: dict[str, QuantizedBase] = field(default_factory=dict)
+    """Adapters that belong to one quantised base, since they make good what quantising it has lost (LoftQ)."""
     thawed: list[nn.Parameter] = field(default_factory=list)
     """The base's parameters that required a gradient before the first adapter came; they do again after the last."""
     parts: dict[str, list[nn.Module]] = field(default_factory=dict)

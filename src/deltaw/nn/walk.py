@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from . import bnb
 from .embedding import AdaptedEmbedding
 from .extras import WRAPPERS
 from .linear import AdaptedLinear
 from .parameters import AdaptedParameters
+from .quantized import num_quantized
 from .saved import SavedModule
 from .storage import is_linear
 from .tokens import TokenLayer
@@ -76,6 +78,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters, each counted once."""
+    """(trainable, all) parameters, each counted once; those in 4 bits as many as they stand for."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    total = sum(bnb.num_elements(p) for p in parameters) + num_quantized(model)
+    return sum(p.numel() for p in parameters if p.requires_grad), total

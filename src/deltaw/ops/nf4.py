@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from . import nf4_kernel
 
 BLOCK = 64
 """Weights that share a scale, where nothing else is said (QLoRA's and bitsandbytes' choice)."""
@@ -104,14 +105,9 @@ def quantize(w: Tensor, kind: str = "nf4", *, block_size: int = BLOCK, double: b
     take all of their block with them.
     """
     _check(w, kind, block_size)
-    packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
-    scales = torch.empty(math.ceil(w.numel() / block_size), device=w.device)
-    for start, values in _pieces(w, block_size):
-        codes, absmax = _encode(values, kind, block_size)
-        if not absmax.isfinite().all():
-            raise UserError("the tensor to quantise holds infinities or nans; repair the weights first")
-        scales[start // block_size :][: len(absmax)] = absmax
-        packed[start // 2 :][: len(codes) // 2] = codes[::2] << 4 | codes[1::2]
+    packed, scales = nf4_kernel.quantize(w, codebooks(kind), block_size) or _quantize_plain(w, kind, block_size)
+    if not scales.isfinite().all():
+        raise UserError("the tensor to quantise holds infinities or nans; repair the weights first")
     return Quantized(
         packed=packed,
         scales=_quantize_scales(scales) if double else scales,
@@ -122,8 +118,31 @@ def quantize(w: Tensor, kind: str = "nf4", *, block_size: int = BLOCK, double: b
     )
 
 
-def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor again, in its own shape and dtype (or ``dtype``), rounded once from float32."""
+def _quantize_plain(w: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [⌈n/2⌉] and scales float32 [S]."""
+    packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
+    scales = torch.empty(math.ceil(w.numel() / block_size), device=w.device)
+    for start, values in _pieces(w, block_size):
+        codes, absmax = _encode(values, kind, block_size)
+        scales[start // block_size :][: len(absmax)] = absmax
+        packed[start // 2 :][: len(codes) // 2] = codes[::2] << 4 | codes[1::2]
+    return packed, scales
+
+
+def dequantize(q: Quantized, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+    """The tensor again, in its own shape and dtype (or ``dtype``), rounded once from float32.
+
+    ``out`` [shape], contiguous and of that dtype: where it is written; else a new tensor.
+    """
+    w = nf4_kernel.dequantize(q, codebooks(q.kind), dtype or q.dtype, out)
+    if w is None:
+        w = dequantize_reference(q, dtype)
+        return w if out is None else out.copy_(w)
+    return w
+
+
+def dequantize_reference(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
+    """The plain twin of ``dequantize``."""
     n, size = q.shape.numel(), q.block_size
     w = torch.empty(n, dtype=dtype or q.dtype, device=q.packed.device)
     scales, pairs = dequantize_scales(q.scales), _pairs(q.kind, q.packed.device)
@@ -172,7 +191,7 @@ def _encode(values: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]
         scaled[-1] = blocks[-1] / scales[-1]
     bounds, order = _bounds(kind, values.device)
     codes = torch.bucketize(scaled.clamp_(-1, 1).view(-1)[: n + n % 2], bounds, out_int32=True)
-    return order[codes], scales
+    return order.index_select(0, codes), scales
 
 
 def _quantize_scales(scales: Tensor) -> QuantizedScales:
@@ -184,6 +203,20 @@ def _quantize_scales(scales: Tensor) -> QuantizedScales:
     steps = ((scaled + 1) * 0.5 * _LAST_STEP + 0.5).int()
     codes = _nearest_on_a_grid(scales.device)[steps]
     return QuantizedScales(codes=codes.view(-1)[: len(scales)], absmax=absmax, offset=offset)
+
+
+@cache
+def codebooks(kind: str) -> nf4_kernel.Codebooks:
+    """The levels of a kind as kernels read them, in the processor's memory."""
+    cpu = torch.device("cpu")
+    levels = F.pad(_levels(kind, cpu), (0, 16 - len(_LEVELS[kind])))
+    bounds, order = _bounds(kind, cpu)
+    return nf4_kernel.Codebooks(
+        levels=levels,
+        scale_map=_dynamic_map(cpu),
+        bounds=F.pad(bounds, (0, 16 - len(bounds)), value=math.inf),
+        order=F.pad(order.int(), (0, 16 - len(order))),
+    )
 
 
 @cache

@@ -28,8 +28,9 @@ from .checkpoint import Progress, save_checkpoint
 from .evaluate import mean_loss
 from .events import Evaluated, Evaluating, Event, Saved, Started, Stepped, Stopped, Warned
 from .forward import LanguageModel, training_mode
-from .optim import AdamW, learning_rate_at
+from .optim import learning_rate_at
 from .options import Every, TrainOptions
+from .paged import make_optimizer
 
 MAX_SKIPS = 10
 """Steps in a row with a gradient that is not finite before the run gives up (over float16: at the lowest scale)."""
@@ -58,8 +59,12 @@ class Job:
         num_steps = options.max_steps or max(1, round(options.epochs * steps_per_epoch))
         self.sampler = StepSampler(len(self.train_tokens), options.examples_per_step, options.seed, max_steps=num_steps)
         model = self.language_model.model
-        self.optimizer = AdamW(
-            trainable_parameters(model), weight_decay=options.weight_decay, b_ratio=options.loraplus_lr_ratio
+        self.optimizer = make_optimizer(
+            options.optimizer,
+            trainable_parameters(model),
+            folder=self.folder,
+            weight_decay=options.weight_decay,
+            b_ratio=options.loraplus_lr_ratio,
         )
         self.rate_at: Callable[[int], float] = partial(
             learning_rate_at,

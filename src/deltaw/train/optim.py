@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,29 @@ class AdamW:
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float, b_ratio: float = 1.0) -> None:
         self.parameters = dict(parameters)
         self._masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            name: p if is_own_master(p) else nn.Parameter(self._zeros(p).copy_(p.detach()))
             for name, p in self.parameters.items()
         }
         b = [master for name, master in self._masters.items() if is_b(name)] if b_ratio != 1 else []
         rest = [master for name, master in self._masters.items() if b_ratio == 1 or not is_b(name)]
         groups = [{"params": part, "ratio": ratio} for part, ratio in ((rest, 1.0), (b, b_ratio)) if part]
-        self._adamw = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
+        self._adamw = self._optimizer(groups, weight_decay)
+
+    def _optimizer(self, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+        """What makes the steps."""
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        """Memory for a moment or a master of this weight, float32."""
+        return torch.zeros_like(like, dtype=torch.float32, requires_grad=False)
+
+    def _state_of(self, master: nn.Parameter) -> dict[str, Tensor]:
+        """A master's moments and step count, there from its first gradient on, as torch's AdamW would make them."""
+        state: dict[str, Tensor] = self._adamw.state[master]
+        if not state:
+            state["step"] = torch.zeros((), device=master.device)
+            state |= {"exp_avg": self._zeros(master), "exp_avg_sq": self._zeros(master)}
+        return state
 
     def gradients(self) -> list[Tensor]:
         """Those that backward has left, in float32."""
@@ -58,6 +74,9 @@ class AdamW:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate * group["ratio"]
         self._collect()
+        for master in self._masters.values():
+            if master.grad is not None:
+                self._state_of(master)
         self._adamw.step()
         # The fused step changes weights behind torch's back; what is cached by version (DoRA's norm) must see it.
         torch.autograd.graph.increment_version(self._masters.values())
@@ -83,7 +102,7 @@ class AdamW:
         out = {
             f"{name}/{key}": value
             for name, master in self._masters.items()
-            for key, value in self._adamw.state.get(master, {}).items()
+            for key, value in (self._state_of(master) if master in self._adamw.state else {}).items()
         }
         out |= {f"{n}/master": m.detach() for n, m in self._masters.items() if m is not self.parameters[n]}
         return out
@@ -96,7 +115,7 @@ class AdamW:
             if part == "master":
                 master.data.copy_(value)
             else:
-                self._adamw.state[master][part] = value.clone()
+                self._state_of(master)[part].copy_(value)
 
 
 def learning_rate_at(
@@ -117,6 +136,11 @@ def learning_rate_at(
 def unmoved(parameters: Sequence[tuple[str, Tensor]]) -> list[str]:
     """Names of the B factors that are still zero: after training, modules that learnt nothing."""
     return [name for name, tensor in parameters if is_b(name) and not tensor.any()]
+
+
+def is_own_master(parameter: Tensor) -> bool:
+    """Whether a weight is updated in place; any other has a float32 copy that is."""
+    return parameter.dtype == torch.float32
 
 
 def is_b(name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ..config import STRATEGIES, LoraConfig, TaskType
 from ..errors import UserError
+from ..settings import Quantization
 
 Every = int | Literal["epoch"]
 
@@ -70,8 +71,8 @@ class TrainOptions:
     full: bool = False
     """Ordinary full fine-tuning of every weight instead of an adapter."""
 
-    quantization: Literal["none"] = "none"
-    """Storage of the frozen base: dense."""
+    quantization: Quantization = "none"
+    """Storage of the frozen base's linear layers: nf4 (QLoRA's 4 bits), or nf4-single, fp4, int4 to compare with."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the base; adapters train in float32 whatever it is."""
     device: str = "auto"
@@ -97,6 +98,8 @@ class TrainOptions:
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = 0.0
     """AdamW's decay."""
+    optimizer: Literal["adamw", "paged-adamw"] = "adamw"
+    """paged-adamw: its state lies in a file beside --out, so that it may leave memory; the numbers are the same."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are shortened to it; 0: never."""
 
@@ -119,6 +122,10 @@ class TrainOptions:
     """Only run a learning-rate range test, print its curve and a suggestion."""
     tensorboard: bool = False
     """Also write TensorBoard files into --out/tensorboard."""
+    publish_to: Path | None = None
+    """Store to publish the trained adapter to; by default $DELTAW_STORE, else ~/.local/share/deltaw/adapters."""
+    publish_as: str | None = None
+    """Name to publish the trained adapter under."""
 
     def __post_init__(self) -> None:
         def expect(name: str, ok: bool, wanted: str) -> None:
@@ -147,13 +154,26 @@ class TrainOptions:
             raise UserError(f"--eval-split {self.eval_split}: of which data? Name them with --eval-data")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other; give one")
+        if self.publish_to is not None and self.publish_as is None:
+            raise UserError(f"--publish-to {self.publish_to}: under which name? Give it with --as")
+        if self.publish_as is not None:
+            self._check_publish(self.publish_as)
         if self.full:
             self._check_no_adapter()
         else:
             self.lora_config()
 
+    def _check_publish(self, name: str) -> None:
+        from ..adapters.store import check_name
+
+        check_name(name)
+        if self.full:
+            raise UserError(f"--as {name}: --full trains no adapter that could be published; leave out one of them")
+
     def _check_no_adapter(self) -> None:
-        """An adapter's flag beside --full would do nothing."""
+        """An adapter's flag beside --full would do nothing, and codes can't train."""
+        if self.quantization != "none":
+            raise UserError(f"--full --quantization {self.quantization}: weights in 4 bits can't train; leave one out")
         given = [
             f"--{f.name.replace('_', '-')}"
             for f in dataclasses.fields(self)
@@ -192,7 +212,8 @@ class TrainOptions:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Flags in which a recorded run differs such that going on would not be the same run."""
-        free = {"resume", "overwrite", "preview", "find_lr", "tensorboard", "out", "save_every"}
+        free = {"resume", "overwrite", "preview", "find_lr", "tensorboard", "out", "save_every", "optimizer"}
+        free |= {"publish_to", "publish_as"}
         mine = self.to_dict()
         return [f"--{k.replace('_', '-')} {other.get(k)} → {v}" for k, v in mine.items()
                 if k not in free and other.get(k) != v]  # fmt: skip
