@@ -60,15 +60,25 @@ def new_folder(path: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield scratch
-        for file in scratch.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        sync_tree(scratch)
         os.chmod(scratch, 0o777 & ~_umask())
         scratch.rename(path)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file to the disk, or a folder's list of names."""
+    _sync(path)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring everything in a folder to the disk, and the folder itself."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() or path.is_dir():
+            _sync(path)
 
 
 def _scratch_file(folder: Path, name: str) -> Path:

@@ -16,6 +16,7 @@ from deltaw.errors import UserError
 from deltaw.nn import bnb
 from deltaw.nn.batch import Batch, batch
 from deltaw.nn.inject import activate, inject, restore
+from deltaw.nn.linear import AdaptedLinear
 from deltaw.nn.load import BaseInfo, base_info
 from deltaw.nn.lowrank import LowRank
 from deltaw.nn.state import state_of
@@ -505,18 +506,21 @@ def test_a_merged_model_is_no_longer_its_base(tiny):
     assert base_info(model) is None
 
 
-def test_originals_are_let_go_as_it_proceeds(tiny, monkeypatch):
-    model = _add(tiny())
-    originals = [weakref.ref(layer.base_layer.weight) for _, layer in adapted_layers(model)]
-    alive, delta = [], LowRank.delta
+def test_merged_weights_take_the_memory_of_the_originals(tiny, architecture, ids, monkeypatch):
+    model = _add(tiny(architecture))
+    before, where = _logits(model, ids), {n: layer.weight.data_ptr() for n, layer in adapted_layers(model)}
+    alive, merged_layer = [], AdaptedLinear.merged_layer
 
-    def count(self):
-        alive.append(sum(original() is not None for original in originals))
-        return delta(self)
+    def watch(self, base, names):
+        out = merged_layer(self, base, names)
+        alive.append(weakref.ref(out.weight))
+        assert sum(weight() is not None for weight in alive) == 1
+        return out
 
-    monkeypatch.setattr(LowRank, "delta", count)
+    monkeypatch.setattr(AdaptedLinear, "merged_layer", watch)
     merge_and_unload(model)
-    assert alive == sorted(alive, reverse=True) and alive[-1] <= 2, alive
+    assert {name: model.get_submodule(name).weight.data_ptr() for name in where} == where
+    torch.testing.assert_close(_logits(model, ids), before, **CLOSE)
 
 
 def test_layers_with_a_forward_of_their_own(tiny, ids):

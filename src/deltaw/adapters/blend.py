@@ -27,7 +27,7 @@ Shapes: A [R, K], B [N, R]; all computed in float32 (float64 where a factor is).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -41,6 +41,7 @@ from ..nn.inject import activate, inject
 from ..nn.lowrank import LowRank
 from ..nn.state import state_of
 from ..nn.walk import AdaptedLayer, adapted_layers, saved_modules
+from .spectrum import thin_svd
 
 RULES = ("linear", "magnitude_prune", "dare_linear", "ties", "dare_ties")
 METHODS = (*RULES, "cat", "svd", *(f"{rule}_svd" for rule in RULES[1:]))
@@ -138,17 +139,14 @@ def blend(
         density=density,
         majority_sign_method=majority_sign_method,
     )
-    _check_weights(names, weights)
+    check_weights(names, weights)
     _check_adapters(model, names)
     copies = _copies(model, names)
     before, configs = state_of(model).active.names, state_of(model).configs
     with torch.inference_mode(False), torch.no_grad():
         parts = {target: _parts(layer, names, weights) for target, layer in adapted_layers(model)}
         parts = {target: found for target, found in parts.items() if found}
-        _check_ranks(recipe, parts)
-        default_rank = max(part.a_RK.shape[0] for found in parts.values() for part in found)
-        factors = {target: blend_parts(found, recipe, svd_rank or default_rank) for target, found in parts.items()}
-    rank = max(a_RK.shape[0] for a_RK, _ in factors.values())
+        rank, factors = blend_modules(parts, recipe)
     first = configs[names[0]]
     config = LoraConfig(
         r=rank,
@@ -162,16 +160,37 @@ def blend(
     )
 
     def make(layer: AdaptedLayer) -> LowRank:
-        a_RK, b_NR = factors[layer.name]
-        fill = rank - a_RK.shape[0]
-        a_RK, b_NR = nn.functional.pad(a_RK, (0, 0, 0, fill)), nn.functional.pad(b_NR, (0, fill))
-        return LowRank(a_RK, b_NR, scaling=1.0, dropout=float(first.lora_dropout))
+        return LowRank(*factors[layer.name], scaling=1.0, dropout=float(first.lora_dropout))
 
     inject(model, config, new_name, make=make, chosen=list(factors), trainable=False)
+    bound = state_of(model).bound  # what makes good the loss of one quantised base (LoftQ) does so as a part, too
+    bound.update((new_name, bound[name]) for name in names if name in bound)
     for target, module in saved_modules(model):
         if target in copies:
             module.copies[new_name].load_state_dict(module.copies[copies[target]].state_dict())
     activate(model, before)
+
+
+def blend_modules(
+    parts: Mapping[str, list[Part]], recipe: Recipe, progress: Callable[[int, int], None] | None = None
+) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
+    """(rank, module → (A, B) of its blend with scaling 1), filled up with zeros so that all have that one rank.
+
+    ``progress(done, total)`` is called after each module. Raises ``UserError`` for ranks that differ where factors are
+    mixed.
+    """
+    _check_ranks(recipe, parts)
+    bound = recipe.svd_rank or max(part.a_RK.shape[0] for found in parts.values() for part in found)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for done, (target, found) in enumerate(parts.items(), 1):
+        factors[target] = blend_parts(found, recipe, bound)
+        if progress is not None:
+            progress(done, len(parts))
+    rank = max(a_RK.shape[0] for a_RK, _ in factors.values())
+    for target, (a_RK, b_NR) in factors.items():
+        fill = rank - a_RK.shape[0]
+        factors[target] = nn.functional.pad(a_RK, (0, 0, 0, fill)), nn.functional.pad(b_NR, (0, fill))
+    return rank, factors
 
 
 def blend_parts(parts: Sequence[Part], recipe: Recipe, rank: int) -> tuple[Tensor, Tensor]:
@@ -207,10 +226,8 @@ def combine(tensors: Sequence[Tensor], weights: Sequence[float], recipe: Recipe)
 
 def svd_of_product(a_RK: Tensor, b_NR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best (A, B) of this rank for B·A: A's rows orthonormal, the singular values in B. B·A is never formed."""
-    q_NM, left = torch.linalg.qr(b_NR)
-    p_KM, right = torch.linalg.qr(a_RK.T)
-    u, s, v = torch.linalg.svd(left @ right.T, full_matrices=False)
-    return v[:rank] @ p_KM.T, q_NM @ (u[:, :rank] * s[:rank])
+    u_NM, s_M, v_KM = thin_svd(a_RK, b_NR)
+    return v_KM[:, :rank].T.contiguous(), u_NM[:, :rank] * s_M[:rank]
 
 
 def _prune(tensor: Tensor, recipe: Recipe) -> Tensor:
@@ -250,7 +267,7 @@ def _parts(layer: AdaptedLayer, names: Sequence[str], weights: Sequence[float]) 
     return out
 
 
-def _check_weights(names: Sequence[str], weights: Sequence[float]) -> None:
+def check_weights(names: Sequence[str], weights: Sequence[float]) -> None:
     if not names or len(weights) != len(names):
         raise UserError(f"blend: {len(names)} adapters and {len(weights)} weights; give one weight for each adapter")
     bad = [w for w in weights if isinstance(w, bool) or not isinstance(w, int | float) or not math.isfinite(w)]
@@ -275,7 +292,7 @@ def _check_adapters(model: nn.Module, names: Sequence[str]) -> None:
             raise UserError(f"blend: adapter {name!r} has {what}, which can't be blended; leave it out")
 
 
-def _check_ranks(recipe: Recipe, parts: dict[str, list[Part]]) -> None:
+def _check_ranks(recipe: Recipe, parts: Mapping[str, list[Part]]) -> None:
     if recipe.on_deltas or recipe.method == "cat":
         return
     for target, found in parts.items():

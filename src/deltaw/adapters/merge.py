@@ -13,13 +13,17 @@ Weights that were tied (an output head and the embedding) come apart when one of
 move. ``unmerge`` ties them again; ``merge_and_unload`` says so in ``config.tie_word_embeddings``.
 
 What is merged into a quantised or packed layer is a dense one, in the dtype of the embedding: to quantise
-W' again would lose the adapter's small changes. ``merge_and_unload`` makes the layers that no adapter touched dense,
-too, since a checkpoint is one or the other.
+W' again loses most of the adapter's small changes. ``merge_and_unload`` makes the layers that no adapter touched dense,
+too, since a checkpoint is one or the other; or quantises W' again all the same, by the layer's own method, where that
+is asked for. Either way it says what rounding took (``merge_loss.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,9 +34,15 @@ from ..nn import bnb
 from ..nn.inject import activate, restore, unmerge
 from ..nn.load import forget_base
 from ..nn.merged import dense_weight, follow, is_dense, with_weight
+from ..nn.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedModule, TiedHead
 from ..nn.saved import SavedModule
 from ..nn.state import AdapterState, check_together, state_of
-from ..nn.walk import Carrier, carriers, logical_modules, saved_modules
+from ..nn.walk import Carrier, base_of, carriers, logical_modules, saved_modules
+from ..ops.nf4 import QuantizedScales
+from ..ops.quantized import Method
+from .merge_loss import MergeLoss
+
+log = logging.getLogger("deltaw")
 
 __all__ = ["merge", "merge_and_unload", "merged_names", "unmerge"]
 
@@ -65,19 +75,37 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, safe: bool = 
     state.active.merged = wanted
 
 
-def merge_and_unload(model: nn.Module, names: Sequence[str] | None = None, *, safe: bool = False) -> nn.Module:
+def merge_and_unload(
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    *,
+    safe: bool = False,
+    requantize: bool = False,
+    loss: MergeLoss | None = None,
+) -> nn.Module:
     """Merge these adapters (None: the active ones), take all adapters out, and return the model, plain again.
 
     Their ``modules_to_save`` and trained biases stay in place, and quantised layers become dense ones. What required a
     gradient before the first adapter came does so again. The model is no longer the base that it was loaded as, and
     forgets its identity.
 
-    Memory: one layer's original and merged weights at a time; the originals are dropped as it goes, so there is no
-    way back. Raises as ``merge`` does, with the model as it was; memory that runs out on the way leaves a model to
-    load anew. ``safe`` computes everything twice: once to look, once to keep.
+    ``requantize``: quantised layers stay so; those that an adapter touched are quantised anew from W' in float32, as
+    they were, and the others keep their codes to the bit. ``UserError`` where there are none, where bitsandbytes holds
+    them, and for adapters on a quantised embedding or a head that is tied to one.
+    ``loss`` is filled with what was lost; a warning says it, too.
+
+    Memory: one layer's merged weights beside the model, no more. They are written over the original ones, so there is
+    no way back, and whoever else holds those tensors sees them change; what is tied within the model is replaced.
+    Raises as ``merge`` does, with the model as it was; memory that runs out on the way leaves a model to load anew.
+    ``safe`` computes everything twice: once to look, once to keep.
     """
     state, dtype = state_of(model), bnb.activation_dtype(model)
     wanted = _wanted(state, names)
+    loss = MergeLoss() if loss is None else loss
+    if requantize:
+        _check_requantizable(model, state, wanted)
+    if not all(map(is_dense, state.originals.values())):
+        unmerge(model)  # what is merged already is dense, and rounded
     if wanted != state.active.merged:
         if safe:
             for name, layer in _touched(model, wanted):
@@ -86,22 +114,63 @@ def merge_and_unload(model: nn.Module, names: Sequence[str] | None = None, *, sa
     thawed = _thawed(model, state)
     is_done = bool(state.active.merged)
     state.originals.clear()
+    used = Counter(map(_memory_of, model.parameters())) + Counter(map(_memory_of, _tied(model)))
     for name in [name for name, _ in carriers(model)]:  # names only: a list of layers would keep them all alive
         layer = cast(Carrier, model.get_submodule(name))
         base = layer.base_layer
         is_plain = is_done or not _holds(layer, wanted)
-        model.set_submodule(name, base if is_plain else _merged_layer(layer, base, wanted, dtype))
-        del layer, base
+        merged = base if is_plain else _merged_layer(layer, base, wanted, dtype, requantize=requantize)
+        if not (is_plain or is_dense(base)):
+            _measure(loss, name, layer, base, wanted, merged)
+        model.set_submodule(name, _in_place(base, merged, used))
+        del layer, base, merged
     for name, module in list(saved_modules(model)):
         model.set_submodule(name, module.in_use())
     state.biases.clear()  # they stay where they are: in the model
     restore(model)
-    _make_dense(model, dtype)
+    if not requantize:
+        _make_dense(model, dtype)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(name in thawed)
     _untie(model)
     forget_base(model)
+    if loss.layers:
+        log.warning("%s", loss)
     return model
+
+
+def _in_place(base: nn.Module, merged: nn.Module, used: Mapping[int, int]) -> nn.Module:
+    """``base`` with ``merged``'s values in its own memory, where nothing else in the model has that; else ``merged``.
+
+    Weights that were mapped from a file lie in one mapping, which stays as long as one of them does: to let go of the
+    others would free nothing. Written to, a mapped page becomes memory in its place, and the file never changes.
+    """
+    old, new = dict(base.named_parameters()), dict(merged.named_parameters())
+    if isinstance(base, QuantizedModule):  # whose weight is no parameter
+        return merged
+    if base is merged or type(base) is not type(merged) or old.keys() != new.keys():
+        return merged
+    changed = [(old[name], new[name]) for name in old if old[name] is not new[name]]
+    for one, two in changed:
+        is_alike = (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
+        if not is_alike or used[_memory_of(one)] > 1 or one.is_inference() or one.stride() != two.stride():
+            return merged
+    for one, two in changed:
+        one.data.copy_(two.data)
+    return base
+
+
+def _memory_of(parameter: nn.Parameter) -> int:
+    return parameter.untyped_storage().data_ptr()
+
+
+def _tied(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters that stand in a second place, once more for each."""
+    seen: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            yield parameter
+        seen.add(id(parameter))
 
 
 def _wanted(state: AdapterState, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -134,11 +203,47 @@ def _own_base(state: AdapterState, name: str, layer: Carrier) -> nn.Module:
     return own
 
 
-def _merged_layer(layer: Carrier, base: nn.Module, names: Sequence[str], dtype: torch.dtype) -> nn.Module:
+def _merged_layer(
+    layer: Carrier, base: nn.Module, names: Sequence[str], dtype: torch.dtype, *, requantize: bool = False
+) -> nn.Module:
     # Parameters made under inference mode could never be trained or copied from again.
     with torch.inference_mode(False), torch.no_grad():
         merged = layer.merged_layer(base, names)
-        return merged if is_dense(base) else _cast(merged, dtype)
+        if is_dense(base):
+            return merged
+        return _requantized(merged, base) if requantize else _cast(merged, dtype)
+
+
+def _requantized(merged: nn.Module, base: nn.Module) -> nn.Module:
+    """A merged layer in the storage of the base's."""
+    assert isinstance(base, QuantizedLinear)
+    old = base.quantized
+    method = Method(kind=old.kind, block_size=old.block_size, double=isinstance(old.scales, QuantizedScales))
+    return QuantizedLinear.of(merged, dataclasses.replace(method.quantize(dense_weight(merged)), dtype=old.dtype))
+
+
+def _check_requantizable(model: nn.Module, state: AdapterState, names: Sequence[str]) -> None:
+    layers = {name: state.originals.get(name, base_of(module)) for name, module in logical_modules(model)}
+    if not any(isinstance(layer, QuantizedModule) for layer in layers.values()):
+        what = "bitsandbytes' own" if any(map(bnb.is_quantized, layers.values())) else "dense"
+        raise UserError(f"requantize: the base's layers are {what}; expected a base loaded with quantization='nf4'")
+    touched = [name for name, _ in _touched(model, names)]
+    tied = [name for name in touched if isinstance(layers[name], TiedHead | QuantizedEmbedding)]
+    if tied:
+        raise UserError(f"requantize: {tied[0]} is an embedding in 4 bits, or tied to one; merge to a dense model")
+
+
+def _measure(
+    loss: MergeLoss, name: str, layer: Carrier, base: nn.Module, names: Sequence[str], merged: nn.Module
+) -> None:
+    """Note what W' of a quantised layer lost in its new storage."""
+    with torch.inference_mode(False), torch.no_grad():
+        exact, stored = dense_weight(layer.merged_layer(base, names)), dense_weight(merged)
+        loss.add(name, before=dense_weight(base), exact=exact, stored=stored)
+    if isinstance(merged, QuantizedModule):
+        loss.storage = merged.quantized.kind.upper()
+    else:
+        loss.storage = str(stored.dtype).removeprefix("torch.")
 
 
 def _cast(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -202,7 +307,7 @@ def _untie(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     parts: list[Any] = [config, getattr(config, "text_config", None)]
     saying = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
-    if not saying or one is None or two is None or one is two:
+    if not saying or one is None or two is None or one is two or isinstance(head, TiedHead):
         return
     if head is not None and one.shape == two.shape and one.device == two.device and torch.equal(one, two):
         head.weight = one

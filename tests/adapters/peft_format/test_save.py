@@ -1,5 +1,6 @@
 """Adapters onto disk: both files or neither, and in them what the adapter is and where it comes from."""
 
+import dataclasses
 import json
 import os
 
@@ -8,7 +9,7 @@ import torch
 
 import deltaw
 from deltaw.adapters import peft_format
-from deltaw.adapters.peft_format import WEIGHTS_NAME, load_adapter, read_adapter, save_adapter
+from deltaw.adapters.peft_format import WEIGHTS_NAME, load_adapter, read_adapter, save_adapter, write_adapter
 from deltaw.config import CONFIG_NAME
 from deltaw.nn.load import BaseInfo
 
@@ -69,3 +70,24 @@ def test_what_was_saved_of_an_inactive_owner_of_biases_is_its_own(tiny, adapted,
     with model.disable_adapter():
         model.save_pretrained(tmp_path)
     assert torch.equal(deltaw.PeftModel.from_pretrained(tiny("gpt2"), tmp_path)(input_ids=ids).logits, active)
+
+
+def test_files_without_a_model_are_written_as_they_were_read(saved, tmp_path):
+    stored = read_adapter(saved)
+    again = read_adapter(write_adapter(stored, tmp_path))
+    assert (tmp_path / CONFIG_NAME).read_bytes() == (saved / CONFIG_NAME).read_bytes()
+    assert again.config == stored.config and again.others.keys() == stored.others.keys()
+    assert again.provenance == stored.provenance and again.keys == stored.keys
+    for module, parts in stored.factors.items():
+        assert parts.keys() == again.factors[module].keys()
+        assert all(torch.equal(again.factors[module][part], tensor) for part, tensor in parts.items())
+
+
+def test_the_history_is_kept_in_order_and_bounded(saved, tmp_path):
+    stored = read_adapter(saved)
+    came = stored.provenance
+    for i in range(50):
+        came = came.after(f"step {i} " + "x" * 1000)
+    again = read_adapter(write_adapter(dataclasses.replace(stored, provenance=came), tmp_path)).provenance
+    assert again.history == came.history and len(again.history) == 20
+    assert again.history[-1].startswith("step 49 ") and len(again.history[-1]) == 200

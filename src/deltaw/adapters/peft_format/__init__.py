@@ -16,15 +16,16 @@ it. The well-known silent failure, a mismatched prefix that serves the bare base
 """
 
 from .keys import PICKLED_NAME, PREFIX, WEIGHTS_NAME
-from .load import Receipt, load_adapter
+from .load import TAKEN_OFF, Receipt, load_adapter
 from .provenance import Provenance
 from .read import StoredAdapter, read_adapter
-from .save import save_adapter
+from .save import save_adapter, write_adapter
 from .state_dict import adapter_tensors, set_adapter_tensors
 
 __all__ = [
     "PICKLED_NAME",
     "PREFIX",
+    "TAKEN_OFF",
     "WEIGHTS_NAME",
     "Provenance",
     "Receipt",
@@ -34,4 +35,5 @@ __all__ = [
     "read_adapter",
     "save_adapter",
     "set_adapter_tensors",
+    "write_adapter",
 ]

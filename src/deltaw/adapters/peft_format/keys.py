@@ -54,6 +54,11 @@ def is_double(key: str) -> bool:
     return key.endswith(_DOUBLES)
 
 
+def is_embedding_key(key: str) -> bool:
+    """Whether the tensor is a factor of an embedding."""
+    return re.search(r"\.lora_embedding_[AB]$", key) is not None
+
+
 def split_key(key: str) -> tuple[str | None, str]:
     """(module, part of ``LowRank``) of a factor; (None, name in the model without adapters) of anything else."""
     own = key.removeprefix(PREFIX)

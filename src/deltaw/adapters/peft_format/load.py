@@ -15,15 +15,16 @@ from ...nn.embedding import AdaptedEmbedding
 from ...nn.inject import inject
 from ...nn.load import base_info
 from ...nn.lowrank import LowRank
+from ...nn.quantized_base import quantized_base
 from ...nn.scope import find_extras
 from ...nn.starts import Site, start_for
-from ...nn.state import state_of
+from ...nn.state import QuantizedBase, state_of
 from ...nn.walk import AdaptedLayer, logical_modules, saved_modules
 from .experts import fused
 from .match import match_extras, match_factors, match_others
 from .read import StoredAdapter, read_adapter
 
-_TAKEN_OFF = ("pissa", "olora", "loftq")
+TAKEN_OFF = ("pissa", "olora", "loftq")
 """Starts that PEFT takes off the base's weight (or, LoftQ, changes it by): such files go with the changed base."""
 
 
@@ -55,8 +56,8 @@ def load_adapter(
     """Put a stored adapter into the model under ``name``, make it active, and say what was applied.
 
     Weights keep the dtype that they came in. Raises ``UserError``, with the model as it was, for tensors that are
-    unknown, missing or of the wrong shape, and for an adapter whose recorded base is another one (unless
-    ``allow_other_base``).
+    unknown, missing or of the wrong shape, and for an adapter whose recorded base is another one, or is quantised
+    otherwise where it belongs to one quantisation (unless ``allow_other_base``).
     """
     stored = adapter if isinstance(adapter, StoredAdapter) else read_adapter(adapter)
     if not allow_other_base:
@@ -80,6 +81,8 @@ def load_adapter(
 
     inject(model, stored.config, name, make=make, chosen=chosen, trained=trained, trainable=trainable)
     _apply_others(model, name, extra)
+    if stored.provenance.quantized_base is not None:
+        state_of(model).bound[name] = stored.provenance.quantized_base
     tensors = [t for parts in stored.factors.values() for t in parts.values()]
     tensors += [*trained.values(), *extra.values()]
     dtype = tensors[0].dtype if tensors else torch.float32
@@ -89,10 +92,24 @@ def load_adapter(
 
 def _check_base(model: nn.Module, stored: StoredAdapter) -> None:
     info, came = base_info(model), stored.provenance
+    if came.quantized_base is not None:
+        _check_quantized_base(model, stored, came.quantized_base)
+        return  # that very base, whatever file it was read from
     if info is not None and came.base_sha256 is not None and info.sha256 != came.base_sha256:
         raise UserError(
             f"{stored.path} was trained on {came.base_name} (sha256 {came.base_sha256[:12]}…), this base is "
             f"{info.name} (sha256 {info.sha256[:12]}…); load that base, or allow another one (allow_other_base)"
+        )
+
+
+def _check_quantized_base(model: nn.Module, stored: StoredAdapter, wanted: QuantizedBase) -> None:
+    found = quantized_base(model)
+    if found is None or found.sha256 != wanted.sha256:
+        this = "dense" if found is None else f"another quantised one ({found.method}, sha256 {found.sha256[:12]}…)"
+        raise UserError(
+            f"{stored.path} was started by LoftQ and makes good what quantising {stored.provenance.base_name} has lost "
+            f"({wanted.method}, sha256 {wanted.sha256[:12]}…); this base is {this}: load that one "
+            f"(--quantization {wanted.method}), or allow another (allow_other_base)"
         )
 
 
@@ -111,7 +128,7 @@ def _start_of_file(stored: StoredAdapter, layer: AdaptedLayer) -> tuple[Tensor, 
     PEFT finds the start again from the base's own weight, as is done here. Raises ``UserError`` where that can't be.
     """
     start = stored.config.init_lora_weights
-    if not isinstance(start, str) or not start.startswith(_TAKEN_OFF) or isinstance(layer, AdaptedEmbedding):
+    if not isinstance(start, str) or not start.startswith(TAKEN_OFF) or isinstance(layer, AdaptedEmbedding):
         return None
     if start not in ("pissa", "olora"):
         raise UserError(

@@ -12,9 +12,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from ...nn.state import QuantizedBase
+
 _KEY = "deltaw"
 _MAX_NOTE_CHARS = 10_000
 """Under that key stand a few names, hashes and versions."""
+
+_MAX_STEPS, _MAX_STEP_CHARS = 20, 200
+"""Of the history, so that a note never outgrows what is read."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,25 @@ class Provenance:
     data_sha256: str | None = None
     config_sha256: str | None = None
     """The config that was saved with these weights."""
+    quantized_sha256: str | None = None
+    """Of the quantised base that the adapter makes good the loss of, and fits no other than (LoftQ)."""
+    quantization: str | None = None
+    """How that base is quantised, as ``--quantization`` names it."""
     versions: dict[str, str] = field(default_factory=dict)
+    history: tuple[str, ...] = ()
+    """What was done to the weights after training, a line a step, the latest last: ``compress --rank 4 of …``."""
+
+    @property
+    def quantized_base(self) -> QuantizedBase | None:
+        """The one quantised base that the adapter belongs to, where it does."""
+        if self.quantized_sha256 is None:
+            return None
+        return QuantizedBase(self.quantized_sha256, self.quantization or "unknown")
+
+    def after(self, step: str) -> Provenance:
+        """The same origin, one step later."""
+        history = (*self.history, step[:_MAX_STEP_CHARS])[-_MAX_STEPS:]
+        return dataclasses.replace(self, history=history, versions=versions_in_use())
 
 
 def header_of(provenance: Provenance) -> dict[str, str]:
@@ -41,9 +64,10 @@ def provenance_of(texts: Mapping[str, str]) -> Provenance:
         raw: Any = json.loads(note) if len(note) <= _MAX_NOTE_CHARS else {}
         known = {f.name for f in dataclasses.fields(Provenance)}
         given = {k: v for k, v in raw.items() if k in known}
-        versions = given.pop("versions", {})
+        versions, history = given.pop("versions", {}), tuple(given.pop("history", ()))
         are_texts = all(isinstance(text, str | None) for text in [*given.values(), *versions.values()])
-        return Provenance(**given, versions=versions) if are_texts else Provenance()
+        are_texts &= all(isinstance(step, str) for step in history)
+        return Provenance(**given, versions=versions, history=history) if are_texts else Provenance()
     except (json.JSONDecodeError, AttributeError, TypeError, RecursionError):
         return Provenance()
 

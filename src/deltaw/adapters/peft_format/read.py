@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from ...errors import UserError
 from ...files import left_over
 from ...hub import MAX_CONFIG_BYTES, resolve_file
 from ..tensors import read_tensors
-from .keys import PICKLED_NAME, PREFIX, WEIGHTS_NAME, is_double, split_key
+from .keys import PICKLED_NAME, PREFIX, WEIGHTS_NAME, is_double, is_embedding_key, split_key
 from .provenance import Provenance, provenance_of
 
 
@@ -30,6 +31,12 @@ class StoredAdapter:
     provenance: Provenance
     num_bytes: int
     """Size of the file with the tensors."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """``{module}.{part}`` of factors, and names of the others → key in the file."""
+
+    def is_embedding(self, module: str) -> bool:
+        """Whether its factors are an embedding's, which have A [r, vocabulary] and B [hidden, r]."""
+        return is_embedding_key(self.keys.get(f"{module}.lora_A", ""))
 
 
 def read_adapter(folder: str | Path) -> StoredAdapter:
@@ -48,6 +55,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         raise UserError(f"{path}: keys must start with {PREFIX!r}; found {', '.join(strange[:3])}")
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
+    keys: dict[str, str] = {}
     for key, tensor in tensors.items():
         if is_double(key):
             continue
@@ -56,7 +64,8 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         if name in place:
             raise UserError(f"{path}: {key} stands for the same tensor as another key; get a sound copy")
         place[name] = tensor
-    return StoredAdapter(config_path.parent, config, factors, others, provenance, path.stat().st_size)
+        keys[name if module is None else f"{module}.{name}"] = key
+    return StoredAdapter(config_path.parent, config, factors, others, provenance, path.stat().st_size, keys)
 
 
 def _weights_file(folder: str | Path) -> Path:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ...config import CONFIG_NAME, LoraConfig
 from ...errors import UserError
@@ -19,6 +19,7 @@ from ...nn.state import state_of
 from ...nn.walk import adapted_layers
 from .keys import WEIGHTS_NAME
 from .provenance import Provenance, header_of, versions_in_use
+from .read import StoredAdapter
 from .state_dict import adapter_tensors
 
 _PEFT_VERSION = "0.21.2"
@@ -42,22 +43,40 @@ def save_adapter(
         raise UserError(f"{path}: no folder can be made there ({error}); give another") from None
     # Contiguous copies: safetensors refuses tensors that share memory or are views.
     tensors = {k: v.to("cpu", copy=True).contiguous() for k, v in adapter_tensors(model, name).items()}
-    info = base_info(model)
-    config = _as_peft_wants(model, _joined(model, name)).to_json()
+    info, bound = base_info(model), state.bound.get(name)
     provenance = Provenance(
         base_name=None if info is None else info.name,
         base_sha256=None if info is None else info.sha256,
         data_sha256=data_sha256,
-        config_sha256=hashlib.sha256(config.encode()).hexdigest(),
+        quantized_sha256=bound.sha256 if bound else None,
+        quantization=bound.method if bound else None,
         versions=versions_in_use(),
     )
+    _write(path, tensors, _as_peft_wants(model, _joined(model, name)), provenance)
+    return path
+
+
+def write_adapter(adapter: StoredAdapter, folder: str | Path) -> Path:
+    """The inverse of ``read_adapter``, without any model: tensors under the keys that they came by, and the config.
+
+    Returns the folder, which must exist. The provenance is the adapter's own, with the hash of this config.
+    """
+    named = {f"{module}.{part}": t for module, parts in adapter.factors.items() for part, t in parts.items()}
+    named |= adapter.others
+    tensors = {adapter.keys[name]: t.to("cpu", copy=True).contiguous() for name, t in named.items()}
+    _write(Path(folder), tensors, adapter.config, adapter.provenance)
+    return Path(folder)
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], adapter_config: LoraConfig, provenance: Provenance) -> None:
+    config = adapter_config.to_json()
+    provenance = dataclasses.replace(provenance, config_sha256=hashlib.sha256(config.encode()).hexdigest())
     metadata = {"format": "pt"} | header_of(provenance)
     writers: dict[str, Callable[[Path], object]] = {
-        WEIGHTS_NAME: lambda scratch: save_file(tensors, scratch, metadata=metadata),
+        WEIGHTS_NAME: lambda scratch: save_file(dict(tensors), scratch, metadata=metadata),
         CONFIG_NAME: lambda scratch: scratch.write_text(config, encoding="utf-8"),
     }
-    replace_files(path, writers)
-    return path
+    replace_files(folder, writers)
 
 
 def _joined(model: nn.Module, name: str) -> LoraConfig:
