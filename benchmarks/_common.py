@@ -33,12 +33,37 @@ def describe_machine() -> dict[str, object]:
     }
 
 
-def save(name: str, result: dict[str, object]) -> None:
-    """Keep the raw figures and say where."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+def save(name: str, result: dict[str, object], path: Path | None = None) -> None:
+    """Keep the raw figures (under ``results/`` unless a path is given) and say where."""
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")  # an interrupted run leaves the old figures whole
+    beside.write_text(json.dumps(result, indent=2) + "\n")
+    beside.replace(path)
     print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far. (getrusage would count its parent's from before the exec.)"""
+    return _status("VmHWM")
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process now."""
+    return _status("VmRSS")
+
+
+def environment() -> dict[str, str]:
+    """For a process beside others on the same cores: threads that wait spin briefly, then sleep; nothing is fetched."""
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "20000"}
+    return quiet | dict(os.environ)
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
 
 
 def _processor() -> str:

@@ -1,196 +1,245 @@
-"""Seconds and memory of one LoRA training step: PEFT and this project on the same model, in the same run.
+"""Seconds and memory of one LoRA training step: PEFT, this project and the hardware's floor, in the same run.
 
-    python benchmarks/train_step.py [--rounds 7] [--tokens 256 --rows 4] [--dtypes bfloat16 float32]
+    python benchmarks/train_step.py                                  the default shape: SmolLM2-135M, 4 × 256 tokens
+    python benchmarks/train_step.py --shapes all --breakdown         every shape, and where the time goes
+    python benchmarks/train_step.py --shapes llama gpt2 --dtypes bfloat16 --rounds 5 --minutes 20
 
 Each configuration lives in a process of its own, so that peak memory is its own. Those that are compared with each
-other run at the same time, since all together would not fit into memory; the parent lets them step in turn, A B C A B
-C …, so that a noisy machine is noisy for all. Medians are reported. A step is forward, loss on all tokens, backward and
-AdamW, on SmolLM2-135M with r=16, alpha=32 on all seven projections.
+other run at the same time (all together would not fit into memory), with the floor among them; the parent lets them
+step in turn, A B C A B C …, so that a noisy machine is noisy for all. Medians are reported. A step is forward, loss on
+all tokens, backward and AdamW, with an adapter on every linear layer but the head.
+
+The floor is the frozen products that no step can do without: every layer's product forward, its grad-input where one is
+wanted, and the head's two, in the dtype, packed for the machine's matrix library. Everything else costs nothing in it.
+
+A run replaces the figures of its own shapes and dtypes in results/train_step.json and no others, each as soon as it is
+complete; it doesn't replace figures of more rounds. --out FILE keeps a run apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from _common import describe_machine, save
+from _common import RESULTS, describe_machine, environment, save
 
-CONFIGURATIONS = {
-    "PEFT, dropout 0": ("peft", {"lora_dropout": 0.0}),
-    "deltaw, dropout 0": ("deltaw", {"lora_dropout": 0.0}),
-    "PEFT, dropout 0.05": ("peft", {"lora_dropout": 0.05}),
-    "deltaw, dropout 0.05": ("deltaw", {"lora_dropout": 0.05}),
-    "PEFT DoRA": ("peft", {"use_dora": True}),
-    "deltaw DoRA": ("deltaw", {"use_dora": True}),
-    "full fine-tuning": ("full", {}),
+FLOOR = "floor"
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    FLOOR: ("floor", {}, {}),
+    "PEFT, dropout 0": ("peft", {"lora_dropout": 0.0}, {}),
+    "deltaw, dropout 0": ("deltaw", {"lora_dropout": 0.0}, {}),
+    "deltaw, gradient checkpointing": ("deltaw", {}, {"gradient_checkpointing": True}),
+    "full fine-tuning": ("full", {}, {}),
+    "PEFT, dropout 0.05": ("peft", {"lora_dropout": 0.05}, {}),
+    "deltaw, dropout 0.05": ("deltaw", {"lora_dropout": 0.05}, {}),
+    "PEFT DoRA": ("peft", {"use_dora": True}, {}),
+    "deltaw DoRA": ("deltaw", {"use_dora": True}, {}),
 }
-COMPARED = (
-    ("PEFT, dropout 0", "deltaw, dropout 0", "full fine-tuning"),
-    ("PEFT, dropout 0.05", "deltaw, dropout 0.05"),
-    ("PEFT DoRA", "deltaw DoRA"),
+"""Name → (kind, fields of LoraConfig, flags of ``deltaw train``); see ``_steps.py``."""
+
+PLAIN = ((FLOOR, "PEFT, dropout 0", "deltaw, dropout 0"),)
+FULL = (
+    (*PLAIN[0], "deltaw, gradient checkpointing", "full fine-tuning"),
+    (FLOOR, "PEFT, dropout 0.05", "deltaw, dropout 0.05"),
+    (FLOOR, "PEFT DoRA", "deltaw DoRA"),
 )
-"""Which run at the same time."""
-
-SHAPE = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+"""Which run at the same time: at most about 17 GB together."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    kind: str
-    adapter: dict[str, object]
-    dtype: str
-    rows: int
-    tokens: int
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a step is made on."""
+
+    title: str
+    model: str = "smollm2-135m"
+    rows: int = 4
+    tokens: int = 256
+    r: int = 16
+    groups: tuple[tuple[str, ...], ...] = PLAIN
+    cost: float = 1.0
+    """Time of a step, about, over that of the default shape; only for the estimate of what is left."""
 
 
-def worker(setting: Setting) -> None:
-    """Build one configuration, then make a step for every line on standard input and answer with its seconds."""
-    import torch
-
-    torch.manual_seed(0)
-    ids = torch.randint(10, 49_000, (setting.rows, setting.tokens))
-    step = {"peft": _peft_step, "deltaw": _deltaw_step, "full": _full_step}[setting.kind](setting, ids)
-    loss = step()  # warm-up, which also allocates the optimiser's state
-    print(json.dumps({"loss": loss}), flush=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "peak_rss_bytes": peak}), flush=True)
+SHAPES = {
+    "smollm2": Shape(title="SmolLM2-135M, 4 × 256 tokens, r=16", groups=FULL),
+    "short": Shape(title="SmolLM2-135M, 16 × 64 tokens, r=16", rows=16, tokens=64),
+    "long": Shape(title="SmolLM2-135M, 1 × 1024 tokens, r=16", rows=1, tokens=1024, cost=1.1),
+    "r4": Shape(title="SmolLM2-135M, 4 × 256 tokens, r=4", r=4),
+    "r64": Shape(title="SmolLM2-135M, 4 × 256 tokens, r=64", r=64, cost=1.1),
+    "llama": Shape(title="Llama, hidden 2048, 4 layers, 4 × 256 tokens, r=16", model="Llama blocks", cost=1.6),
+    "gpt2": Shape(title="GPT-2 (124M), 4 × 256 tokens, r=16", model="GPT-2"),
+}
+TINY = Shape(title="tiny Llama, 2 × 32 tokens, r=4", model="tiny", rows=2, tokens=32, r=4, groups=FULL, cost=0.1)
+"""Says that the script runs, and nothing about speed."""
 
 
-def _peft_step(setting: Setting, ids):
-    import peft
-
-    from deltaw import load_base
-
-    model, _ = load_base("smollm2-135m", dtype=setting.dtype)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **SHAPE, **setting.adapter)
-    return _torch_step(peft.get_peft_model(model, config).train(), ids)
-
-
-def _full_step(setting: Setting, ids):
-    from deltaw import load_base
-
-    model, _ = load_base("smollm2-135m", dtype=setting.dtype)
-    return _torch_step(model.requires_grad_(True).train(), ids)
-
-
-def _torch_step(model, ids) -> Callable[[], float]:
-    import torch
-
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def step() -> float:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-def _deltaw_step(setting: Setting, ids) -> Callable[[], float]:
-    from deltaw import LoraConfig, load_base
-    from deltaw.data.render import Tokens
-    from deltaw.nn.inject import inject
-    from deltaw.ops.dropout import DropoutKey
-    from deltaw.train.forward import examine, training_mode
-    from deltaw.train.loop import trainable_parameters
-    from deltaw.train.optim import AdamW
-
-    model, _ = load_base("smollm2-135m", dtype=setting.dtype)
-    inject(model, LoraConfig(**SHAPE, **setting.adapter))
-    language_model = examine(model)
-    optimizer = AdamW(trainable_parameters(model), weight_decay=0.0)
-    examples = [
-        Tokens(input_ids=row, supervised=[False] + [True] * (len(row) - 1), origin="benchmark") for row in ids.tolist()
-    ]
-    packs = language_model.pack(examples, ids.numel())
-    supervised = sum(packed.num_supervised for packed in packs)
-    mode = training_mode(language_model, checkpointing=False)
-    mode.__enter__()  # for the life of the process
-
-    def step() -> float:
-        total = 0.0
-        for packed in packs:
-            loss = language_model.loss(packed, DropoutKey(0, 0, packed.row_offset)) / supervised
-            loss.backward()
-            total += loss.item()
-        optimizer.step(1e-4)
-        return total
-
-    return step
-
-
-def measure(dtype: str, rows: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(shape: Shape, dtype: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Medians and peak memory of each configuration, peers against each other."""
-    results: dict[str, dict[str, float]] = {}
-    for names in COMPARED:
-        results |= _in_turn(names, dtype, rows, tokens, rounds)
-    return {name: results[name] for name in CONFIGURATIONS}
+    results: dict[str, dict[str, Any]] = {}
+    for names in shape.groups:
+        measured = _in_turn(names, shape, dtype, rounds)
+        for row in measured.values():
+            row["floor_seconds"] = measured[FLOOR]["seconds"]
+        results = measured | results  # of several floors, the first stays
+    return {name: results[name] for name in CONFIGURATIONS if name in results}
 
 
-def _in_turn(names: Sequence[str], dtype: str, rows: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    processes: dict[str, subprocess.Popen[str]] = {}
-    losses: dict[str, float] = {}
-    for name in names:
-        kind, adapter = CONFIGURATIONS[name]
-        setting = json.dumps({"kind": kind, "adapter": adapter, "dtype": dtype, "rows": rows, "tokens": tokens})
-        command = [sys.executable, __file__, "--worker", setting]
-        processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        losses[name] = json.loads(processes[name].stdout.readline())["loss"]
-        print(f"  {name}: ready, first loss {losses[name]:.4f}", file=sys.stderr)
-    seconds: dict[str, list[float]] = {name: [] for name in processes}
-    peaks: dict[str, int] = {}
-    for _ in range(rounds):
+def _in_turn(names: Sequence[str], shape: Shape, dtype: str, rounds: int) -> dict[str, dict[str, Any]]:
+    with _workers(names, shape, dtype) as processes:
+        ready = {}
         for name, process in processes.items():
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            seconds[name].append(answer["seconds"])
-            peaks[name] = answer["peak_rss_bytes"]
-    for process in processes.values():
-        process.stdin.close()
-        process.wait(timeout=60)
+            ready[name] = _answer(name, process)
+            _say(f"  {name}: ready" + ("" if name == FLOOR else f", first loss {ready[name]['loss']:.4f}"))
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in processes}
+        for round_ in range(1, rounds + 1):
+            started = time.perf_counter()
+            for name, process in processes.items():
+                print("step", file=process.stdin, flush=True)
+                answers[name].append(_answer(name, process))
+            left = (rounds - round_) * (time.perf_counter() - started)
+            _say(f"  round {round_} of {rounds}" + (f", about {left:.0f} s more" if left else ""))
     return {
         name: {
-            "seconds": statistics.median(times),
-            "seconds_all": times,
-            "peak_rss_bytes": peaks[name],
-            "first_loss": losses[name],
+            "seconds": statistics.median(answer["seconds"] for answer in given),
+            "seconds_all": [answer["seconds"] for answer in given],
+            "peak_rss_bytes": given[-1]["peak_rss_bytes"],
+            "rss_before_bytes": ready[name]["rss_before_bytes"],
+            "first_loss": ready[name]["loss"],
         }
-        for name, times in seconds.items()
+        for name, given in answers.items()
     }
 
 
+@contextmanager
+def _workers(names: Sequence[str], shape: Shape, dtype: str) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """A process each, started one after the other; none outlives this."""
+    processes: dict[str, subprocess.Popen[str]] = {}
+    try:
+        for name in names:
+            processes[name] = subprocess.Popen(
+                _command(name, shape, dtype),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL if name.startswith("PEFT") else None,  # it warns of things beside the point
+                text=True,
+                env=environment(),
+            )
+        yield processes
+        for process in processes.values():
+            process.stdin.close()
+            process.wait(timeout=60)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
+def _command(name: str, shape: Shape, dtype: str, breakdown: int = 0) -> list[str]:
+    kind, adapter, options = CONFIGURATIONS[name]
+    if kind in ("peft", "deltaw"):
+        adapter = {"r": shape.r, "lora_alpha": 2 * shape.r, "target_modules": "all-linear", **adapter}
+    setting = {
+        **{"kind": kind, "model": shape.model, "dtype": dtype, "rows": shape.rows, "tokens": shape.tokens},
+        **{"adapter": adapter, "options": options, "breakdown": breakdown},
+    }
+    return [sys.executable, str(Path(__file__).with_name("_steps.py")), json.dumps(setting)]
+
+
+def _answer(name: str, process: subprocess.Popen[str]) -> dict[str, Any]:
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"{name} ended without an answer (exit code {process.wait()})")
+    return json.loads(line)
+
+
+def take_apart(shape: Shape, dtype: str, steps: int) -> dict[str, Any]:
+    """Where the time of this project's step goes, by part."""
+    command = _command("deltaw, dropout 0", shape, dtype, breakdown=steps)
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment(), check=True)
+    found: dict[str, Any] = json.loads(run.stdout)
+    for part, seconds in found["parts"].items():
+        _say(f"  {part}: {1e3 * seconds:.0f} ms")
+    return found
+
+
+def merge(path: Path, name: str, dtype: str, run: dict[str, Any]) -> None:
+    """Put one shape's figures in one dtype into a file, beside all others that it holds."""
+    runs = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    runs.setdefault(name, {})[dtype] = run
+    in_order = [name for name in SHAPES if name in runs] + [name for name in runs if name not in SHAPES]
+    save(Path(__file__).stem, {"runs": {name: dict(sorted(runs[name].items())) for name in in_order}}, path)
+
+
+def _rounds_kept(path: Path, name: str, dtype: str) -> int:
+    """Rounds that the figures in a file rest on; 0 where there are none."""
+    run = json.loads(path.read_text())["runs"].get(name, {}).get(dtype) if path.is_file() else None
+    return run["setting"]["rounds"] if run else 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--worker")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["smollm2"],
+        choices=[*SHAPES, "all", "tiny"],
+        help="; ".join(f"{name}: {shape.title}" for name, shape in SHAPES.items())
+        + "; all; tiny: only to see that the script runs (needs --out)",
+    )
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each configuration")
+    parser.add_argument("--breakdown", action="store_true", help="also profile deltaw's step, by part")
+    parser.add_argument("--minutes", type=float, default=90, help="begin no further shape or dtype after this time")
+    parser.add_argument("--out", type=Path, help="file to merge the figures into (default: results/train_step.json)")
     args = parser.parse_args()
-    if args.worker:
-        worker(Setting(**json.loads(args.worker)))
-        return
-    results = {}
-    for dtype in args.dtypes:
-        print(f"{dtype}: {args.rows} × {args.tokens} tokens", file=sys.stderr)
-        results[dtype] = measure(dtype, args.rows, args.tokens, args.rounds)
-    setting = {"rows": args.rows, "tokens": args.tokens, "rounds": args.rounds, **SHAPE}
-    save(Path(__file__).stem, {"machine": describe_machine(), "setting": setting, "results": results})
+    if "tiny" in args.shapes and args.out is None:
+        parser.error("--shapes tiny says nothing about speed and needs --out FILE")
+    names = list(SHAPES) if "all" in args.shapes else list(dict.fromkeys(args.shapes))
+    path = args.out or RESULTS / "train_step.json"
+    plan = [(name, dtype) for name in names for dtype in args.dtypes]
+    for name, dtype in plan:
+        if (kept := _rounds_kept(path, name, dtype)) > args.rounds:
+            parser.error(f"{path.name} has {name} in {dtype} with {kept} rounds: give as many, or --out FILE")
+    _run(plan, path, args)
+
+
+def _run(plan: list[tuple[str, str]], path: Path, args: argparse.Namespace) -> None:
+    shapes = {**SHAPES, "tiny": TINY}
+    costs = [shapes[n].cost * sum(map(len, shapes[n].groups)) * (2 if d == "float32" else 1) for n, d in plan]
+    started = time.monotonic()
+    for i, (name, dtype) in enumerate(plan):
+        minutes = (time.monotonic() - started) / 60
+        left = minutes * sum(costs[i:]) / sum(costs[:i]) if i else 0
+        if minutes > args.minutes:
+            _say(f"{minutes:.0f} minutes have gone, so these are left out: {', '.join(map(' '.join, plan[i:]))}")
+            break
+        shape = shapes[name]
+        _say(f"{shape.title}, {dtype} ({i + 1} of {len(plan)}" + (f", about {left:.0f} min more)" if i else ")"))
+        run = {
+            "machine": describe_machine(),
+            "setting": {
+                **{"title": shape.title, "model": shape.model, "rows": shape.rows, "tokens": shape.tokens},
+                **{"r": shape.r, "lora_alpha": 2 * shape.r, "target_modules": "all-linear", "rounds": args.rounds},
+            },
+            "results": measure(shape, dtype, args.rounds),
+        }
+        if args.breakdown:
+            run["breakdown"] = take_apart(shape, dtype, max(1, min(3, args.rounds)))
+        merge(path, name, dtype, run)
+    _say(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from deltaw import kernels
 
 VOCABULARY = 97
 
@@ -144,3 +146,15 @@ def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide")
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(params=["off", *kernels.usable()])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every instruction set's kernels that this machine runs in turn, and none."""
+    monkeypatch.setenv("DELTAW_KERNELS", request.param)
+    choices = (kernels.level, kernels.library, kernels.function)
+    for choice in choices:
+        choice.cache_clear()
+    yield str(request.param)
+    for choice in choices:
+        choice.cache_clear()

@@ -32,6 +32,7 @@ def test_the_public_names_are_these():
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
         "PeftType",
+        "Store",
         "TaskType",
         "UserError",
         "create_loraplus_optimizer",

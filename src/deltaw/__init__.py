@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.store import Store
     from .config import LoraConfig, PeftConfig, PeftType, TaskType
     from .errors import UserError
     from .nn.eva import get_eva_state_dict, initialize_lora_eva_weights
@@ -57,6 +58,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "Store",
     "TaskType",
     "UserError",
     "create_loraplus_optimizer",
@@ -77,6 +79,7 @@ _HOMES = {
     "LoraConfig": ".config",
     "PeftConfig": ".config",
     "PeftType": ".config",
+    "Store": ".adapters.store",
     "TaskType": ".config",
     "UserError": ".errors",
     "get_eva_state_dict": ".nn.eva",

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import UserError, short
+
+Quantization = Literal["none", "nf4", "nf4-single", "fp4", "int4"]
+"""How the base's linear layers are stored: nf4 is QLoRA's, with double quantisation; the others are to compare with."""
 
 
 @dataclass

@@ -76,20 +76,39 @@ def twins(tiny: Callable[..., PreTrainedModel]) -> Callable[..., Twins]:
 
 
 @pytest.fixture
-def folder(tiny, tmp_path):
+def folder(saved):
     """A tiny base in transformers' format, its tokenizer without a padding token."""
+    return saved("llama", "base")
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """``saved("gpt2")``: a folder with that small model and a tokenizer; its name may be given."""
+    return lambda architecture, name=None, **how: _saved(tiny(architecture), tmp_path / (name or architecture), **how)
+
+
+@pytest.fixture
+def tokenizer_into():
+    """``tokenizer_into(folder)``: a tokenizer of 97 words, without a padding token."""
+    return _tokenizer_into
+
+
+def _saved(model, path, **how):
+    model.save_pretrained(path, **how)
+    _tokenizer_into(path)
+    return path
+
+
+def _tokenizer_into(path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    path = tmp_path / "base"
-    tiny().save_pretrained(path)
     words = {f"w{i}": i for i in range(97)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), eos_token="w2", unk_token="w0"
     )
     tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

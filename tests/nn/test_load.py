@@ -48,7 +48,7 @@ def test_dtypes(folder):
     [
         (dict(dtype="int8"), "dtype='int8': expected auto, float32, bfloat16, float16"),
         (dict(dtype="float16", device="cpu"), "dtype='float16' is for CUDA"),
-        (dict(quantization="nf4"), "quantization='nf4'"),
+        (dict(quantization="nf3"), "quantization='nf3'"),
         (dict(device="toaster"), "device='toaster': not on this machine"),
         (dict(device="cuda:7"), "device='cuda:7': not on this machine"),
     ],

@@ -1,5 +1,6 @@
 """Names of bases: what the hub and its cache hold is found, and what is nowhere is said to be in one line."""
 
+import json
 import shutil
 
 import pytest
@@ -102,6 +103,20 @@ def test_pickles_are_fetched_only_where_there_is_nothing_better(monkeypatch, fol
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load_base("owner/x")
-    assert asked == [["model*.safetensors"], ["pytorch_model*.bin"]]
+    assert asked == [[], ["model*.safetensors"], ["pytorch_model*.bin"]]  # the config first: it may say no
     load_tokenizer("owner/x")
-    assert asked[2:] == [[]]  # no weights at all
+    assert asked[3:] == [[]]  # no weights at all
+
+
+def test_what_its_config_refuses_is_never_fetched(monkeypatch, folder):
+    import huggingface_hub
+
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.extend(allow_patterns) or str(folder)
+    )
+    with pytest.raises(UserError, match="owner/x: quantised by 'awq', which isn't read here"):
+        load_base("owner/x", quantization="nf4")
+    assert not [pattern for pattern in asked if "safetensors" in pattern or "bin" in pattern]

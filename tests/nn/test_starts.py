@@ -14,6 +14,8 @@ from deltaw.nn.inject import inject
 from deltaw.nn.starts import Site, _quantised, loftq, olora, orthogonal, pissa, start_for
 from deltaw.nn.walk import adapted_layers
 from deltaw.ops.frozen import DenseWeight
+from deltaw.ops.nf4 import quantize
+from deltaw.ops.quantized import QuantizedWeight
 from deltaw.settings import LoftQConfig
 
 STARTS = [True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva"]
@@ -197,9 +199,29 @@ def test_settings_that_a_start_can_t_work_with():
     with pytest.raises(UserError, match="positive lora_alpha"):
         pissa(_site(8, 6, scaling=0.0))
 
-    quantised = type("FourBits", (), {})()
-    with pytest.raises(UserError, match="quantised already"):
-        loftq(Site(name="layer", weight=quantised, rank=2, scaling=1.0))
+    w = torch.randn(8, 64)
+    quantised = QuantizedWeight(quantize(w))
+    for given in (dict(bits=8), dict(rounds=2)):
+        with pytest.raises(UserError, match=r"layer is quantised already, and stays as it is.*expected 4 and 1"):
+            loftq(Site(name="layer", weight=quantised, rank=2, scaling=1.0, original=lambda: w), **given)
+    with pytest.raises(UserError, match="positive lora_alpha"):
+        loftq(Site(name="layer", weight=quantised, rank=2, scaling=0.0, original=lambda: w))
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (64, 64)], ids=str)
+@pytest.mark.parametrize("scaling", [0.25, 8.0])
+def test_loftq_on_a_quantised_base_is_the_best_approximation_of_what_was_lost(scaling, shape):
+    w = torch.randn(*shape)
+    quantised = QuantizedWeight(quantize(w, double=True))
+    made = loftq(Site(name="x", weight=quantised, rank=8, scaling=scaling, original=w.bfloat16))
+    lost = w.bfloat16().float() - quantised.dequantize()
+    left = torch.linalg.svdvals(lost)[8:].square().sum().sqrt()
+    assert not made.is_subtracted and made.a_RK.shape == (8, shape[1]) and made.b_NR.shape == (shape[0], 8)
+    torch.testing.assert_close(made.a_RK.norm(dim=1), made.b_NR.norm(dim=0))  # shared out evenly
+    zero = QuantizedWeight(quantize(torch.zeros(64, 64)))
+    none = loftq(Site(name="x", weight=zero, rank=2, scaling=scaling, original=lambda: torch.zeros(64, 64)))
+    assert not none.a_RK.any() and not none.b_NR.any()
+    torch.testing.assert_close((lost - scaling * made.b_NR @ made.a_RK).norm(), left, rtol=1e-4, atol=0)
 
 
 def test_a_start_that_fails_leaves_the_model_as_it_was(tiny):

@@ -100,7 +100,8 @@ def test_overwriting_a_full_run_takes_its_model_away(options):
     (given.out / "notes.txt").write_text("mine")
     run_training(dataclasses.replace(given, full=False, overwrite=True))
     assert sorted(p.name for p in given.out.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "checkpoints", "metrics.jsonl", "notes.txt", "summary.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints", "metrics.jsonl", "notes.txt",
+        "summary.json",
     ]  # fmt: skip
 
 

@@ -20,7 +20,9 @@ VERBS = {
     "eval": "measure loss, perplexity and exact answers on held-out data",
     "compare": "show answers of the base and of an adapter side by side",
     "chat": "talk to a model, with and without its adapters",
+    "quantize": "write a model in 4 bits, to be loaded in seconds",
     "modules": "list what can be adapted in a model, and what it would cost",
+    "adapter": "inspect, compress, blend, merge, export, publish … adapters",
 }
 
 _HELP = """usage: deltaw VERB [OPTIONS]

@@ -12,7 +12,7 @@ from typing import Any
 from .options import parse
 from .reading import BaseOptions
 
-HELP = """/adapter NAME  use an adapter (its name, or a folder to load); /adapter base for none
+HELP = """/adapter NAME  use an adapter (its name here or in the store, or its folder); /adapter base for none
 /adapters      list those that are loaded
 /system TEXT   set the system message (empty: none)
 /reset         forget the conversation
@@ -29,7 +29,7 @@ class Options(BaseOptions):
     """
 
     adapter: tuple[str, ...] = ()
-    """Adapters to load, by folder; the first is active."""
+    """Adapters to load, by folder or by name in a store; the first is active."""
     system: str | None = None
     """System message."""
     temperature: float = 0.0
@@ -76,6 +76,7 @@ class Conversation:
 
     def __init__(self, options: Options) -> None:
         from ..adapters.peft_format import read_adapter
+        from ..adapters.store import locate_adapter
         from ..engine.generate import Sampling
         from .models import base_of, load_model
 
@@ -87,9 +88,12 @@ class Conversation:
         )
         base = options.model
         if base is None and options.adapter:
-            base = base_of(read_adapter(options.adapter[0]))
-        self.model, self.tokenizer = load_model(base, None, dtype=options.dtype, device=options.device)
+            base = base_of(read_adapter(locate_adapter(options.adapter[0], options.store)))
+        self.model, self.tokenizer = load_model(
+            base, None, dtype=options.dtype, quantization=options.quantization, device=options.device
+        )
         self._allow_other_base = options.allow_other_base
+        self._store = options.store
         self.active = NO_ADAPTER
         self.system = options.system
         self.messages: list[dict[str, Any]] = []
@@ -99,7 +103,7 @@ class Conversation:
             self.use(adapter)
 
     def use(self, adapter: str) -> None:
-        """Switch to a loaded adapter, ``base``, or one that a folder holds. Raises ``UserError`` for anything else."""
+        """Switch to a loaded adapter, ``base``, or one that a folder or the store has; ``UserError`` for all else."""
         from ..nn.inject import activate
 
         name = adapter if adapter in (*self.loaded, NO_ADAPTER) else self._load(adapter)
@@ -114,21 +118,24 @@ class Conversation:
         return list(state_of(self.model).configs)
 
     def _load(self, adapter: str) -> str:
-        """Load a folder's adapter, once, and return the name that it gets: the folder's, made unique."""
+        """Load an adapter, once, and return the name that it gets: its folder's or the store's, made unique."""
         from ..adapters.peft_format import load_adapter
+        from ..adapters.store import locate_adapter
         from ..errors import UserError
 
-        folder = Path(adapter).resolve()
-        if folder not in self._names:
-            stem = re.sub(r"[^A-Za-z0-9_@+-]", "-", folder.name).strip("-_@+") or "adapter"
-            taken = {NO_ADAPTER, *self.loaded}
-            name = next(n for n in chain([stem], (f"{stem}-{i}" for i in count(2))) if n not in taken)
-            try:
-                load_adapter(self.model, adapter, name, allow_other_base=self._allow_other_base)
-            except UserError as error:
-                raise UserError(f"{error} (loaded are {', '.join([NO_ADAPTER, *self.loaded])})") from None
-            self._names[folder] = name
-        return self._names[folder]
+        try:
+            place = locate_adapter(adapter, self._store)
+            folder = place.resolve()
+            if folder not in self._names:
+                called = folder.name if place == Path(adapter) else adapter
+                stem = re.sub(r"[^A-Za-z0-9_@+-]", "-", called).strip("-_@+") or "adapter"
+                taken = {NO_ADAPTER, *self.loaded}
+                name = next(n for n in chain([stem], (f"{stem}-{i}" for i in count(2))) if n not in taken)
+                load_adapter(self.model, place, name, allow_other_base=self._allow_other_base)
+                self._names[folder] = name
+            return self._names[folder]
+        except UserError as error:
+            raise UserError(f"{error} (loaded are {', '.join([NO_ADAPTER, *self.loaded])})") from None
 
     def command(self, line: str) -> str:
         """Carry out one /command; returns what to print."""

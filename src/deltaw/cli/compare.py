@@ -21,7 +21,7 @@ class Options(HeldOutOptions):
     """
 
     adapter: str
-    """Adapter to compare with its base."""
+    """Adapter to compare with its base: its folder, or its name in a store."""
     n: int = 5
     """Examples to show, evenly spread over the data."""
     match: Literal["text", "json"] = "text"
@@ -59,6 +59,7 @@ def main(args: list[str]) -> int:
 def compare(options: Options) -> tuple[dict[str, Any], list[Answer], list[Answer]]:
     """(plain JSON values, the base's answers, the adapter's)."""
     from ..adapters.peft_format import read_adapter
+    from ..adapters.store import locate_adapter
     from ..nn.inject import activate, restore
     from ..nn.load import base_bytes
     from ..train.answers import answers
@@ -68,11 +69,12 @@ def compare(options: Options) -> tuple[dict[str, Any], list[Answer], list[Answer
     everything = options.examples()
     count = min(options.n, len(everything))
     examples = [everything[i * len(everything) // count] for i in range(count)]
-    stored = read_adapter(options.adapter)
+    stored = read_adapter(locate_adapter(options.adapter, options.store))
     model, tokenizer = load_model(
         options.model,
         stored,
         dtype=options.dtype,
+        quantization=options.quantization,
         device=options.device,
         allow_other_base=options.allow_other_base,
     )

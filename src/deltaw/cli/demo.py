@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..settings import Quantization
 from .options import parse
 from .program import command
 
@@ -34,6 +35,8 @@ class Options:
 
     out: Path | None = None
     """Keep the run (data, adapter, metrics) in this folder."""
+    quantization: Quantization = "none"
+    """Storage of the base: nf4 trains the adapter over 4-bit weights (QLoRA), and both columns are of that base."""
     seed: int = 0
     """Seed of the data and of the training."""
     resume: bool = False
@@ -84,13 +87,13 @@ def run(options: Options, out: Path) -> tuple[dict[str, Any], list[Answer], list
     err.print(f"The task: {NUM_HELD_OUT} customers' messages that no training example resembles → tickets as JSON.")
 
     asked = [{"messages": [*fair_prompt(ticket), ticket["messages"][-1]]} for ticket in tickets]
-    base = _answers(None, asked, shown, "before: the base, with instructions and three examples")
+    base = _answers(options, None, asked, shown, "before: the base, with instructions and three examples")
     summary = train_with_bar(training)
     if summary["status"] == "interrupted":
         if options.out is not None:
             err.print(f"Saved. Go on with: {command('demo', '--out', out, '--resume')}", markup=False, soft_wrap=True)
         raise KeyboardInterrupt
-    adapted = _answers(out, tickets, shown, "after: with the adapter")
+    adapted = _answers(options, out, tickets, shown, "after: with the adapter")
     result = {
         "exact_match_before": _share(base),
         "exact_match_after": _share(adapted),
@@ -128,6 +131,7 @@ def _training(options: Options, out: Path) -> TrainOptions:
         data=str(out / "train.jsonl"),
         eval_data=str(out / "heldout.jsonl"),
         out=out,
+        quantization=options.quantization,
         resume=options.resume,
         overwrite=options.overwrite,
         seed=options.seed,
@@ -140,13 +144,17 @@ def _training(options: Options, out: Path) -> TrainOptions:
     )
 
 
-def _answers(adapter: Path | None, examples: list[Any], shown: Sequence[str], what: str) -> list[Answer]:
+def _answers(
+    options: Options, adapter: Path | None, examples: list[Any], shown: Sequence[str], what: str
+) -> list[Answer]:
     from ..data.formats import load_examples
     from ..train.answers import answers
     from .models import load_model
     from .screen import counted, err
 
-    model, tokenizer = load_model("smollm2-135m", None if adapter is None else str(adapter))
+    model, tokenizer = load_model(
+        "smollm2-135m", None if adapter is None else str(adapter), quantization=options.quantization
+    )
     with counted(what) as progress:
         found = answers(
             model,

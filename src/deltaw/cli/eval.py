@@ -19,7 +19,7 @@ class Options(HeldOutOptions):
     """
 
     adapter: str | None = None
-    """Adapter to measure; without one, the base."""
+    """Adapter to measure, its folder or its name in a store; without one, the base."""
     match: Literal["none", "text", "json"] = "none"
     """Also compare generated answers: as text, or as JSON objects."""
     limit: int | None = None
@@ -93,7 +93,9 @@ def evaluate(options: Options) -> dict[str, Any]:
     model, tokenizer = load_model(
         options.model,
         options.adapter,
+        store=options.store,
         dtype=options.dtype,
+        quantization=options.quantization,
         device=options.device,
         allow_other_base=options.allow_other_base,
     )

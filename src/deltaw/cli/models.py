@@ -6,12 +6,15 @@ import ctypes
 import gc
 import logging
 import sys
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.peft_format import StoredAdapter, load_adapter, read_adapter
+from ..adapters.store import locate_adapter
 from ..errors import UserError
 from ..nn.load import load_base
+from .screen import counted
 
 log = logging.getLogger("deltaw")
 
@@ -22,17 +25,25 @@ def load_model(
     model: str | None,
     adapter: str | StoredAdapter | None,
     *,
+    store: Path | None = None,
     dtype: str = "auto",
+    quantization: str = "none",
     device: str = "auto",
     allow_other_base: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base (the adapter's own where none is named), with the adapter active and its receipt told."""
-    stored = read_adapter(adapter) if isinstance(adapter, str) else adapter
+    """The base (the adapter's own where none is named), with the adapter active and its receipt told.
+
+    ``adapter`` as text is a path, a hub id, or a name in the store.
+    """
+    stored = read_adapter(locate_adapter(adapter, store)) if isinstance(adapter, str) else adapter
     base = model or (DEFAULT_BASE if stored is None else base_of(stored))
     log.info("loading %s", base)
     _return_freed_memory()
     try:
-        network, tokenizer = load_base(base, dtype=dtype, device=device)
+        with counted("loading the base") as progress:
+            network, tokenizer = load_base(
+                base, quantization=quantization, dtype=dtype, device=device, progress=progress
+            )
     except UserError as error:
         if model or stored is None:
             raise

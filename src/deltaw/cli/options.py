@@ -33,7 +33,7 @@ def parse(kind: type[Options], verb: str, args: list[str], *, negatable: bool = 
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(kind, prog=f"deltaw {verb}", args=args, config=config)
     except SystemExit:
-        raise UserError(f"{_gist(complaint.getvalue())}; see {command(verb, '--help')}") from None
+        raise UserError(f"{_gist(complaint.getvalue())}; see {command(*verb.split(), '--help')}") from None
     finally:
         os.environ.pop("COLUMNS")
         if width is not None:
@@ -79,6 +79,7 @@ def _gist(complaint: str) -> str:
     text = said[1].removeprefix("Error parsing Options: ")  # said[0] is the box's title
     flags = [m[0] for line in said if (m := re.match(r"--[\w-]+", line))]
     if text.startswith("Missing from"):
+        flags = [line for line in said if re.fullmatch(r"[A-Z][A-Z@|]+", line)] + flags  # positional ones first
         return f"{' and '.join(flags)} must be given"
     if text.startswith("Unrecognized") and flags:
         text += f" (perhaps {', '.join(flags[:3])})"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from ..settings import Quantization
 
 if TYPE_CHECKING:
     from ..data.formats import Example
@@ -17,10 +20,14 @@ class BaseOptions:
     """Base model; by default the one that the adapter names."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the base."""
+    quantization: Quantization = "none"
+    """Storage of the base's linear layers: nf4 (QLoRA's 4 bits) …; a base that is in 4 bits already needs no flag."""
     device: str = "auto"
     """cpu, cuda …; auto: CUDA where there is one."""
     allow_other_base: bool = False
     """Take an adapter that was trained on other weights than the base's, where the shapes fit."""
+    store: Path | None = None
+    """Folder of adapters that names are looked up in; else $DELTAW_STORE, ~/.local/share/deltaw/adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)

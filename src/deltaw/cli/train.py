@@ -8,7 +8,9 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import tyro
 
 from ..train.options import TrainOptions
 from .options import parse, yaml_args
@@ -27,6 +29,8 @@ class Options(TrainOptions):
     A YAML file may hold any of the flags as keys; flags on the command line overrule it. Ctrl-C saves.
     """
 
+    publish_as: Annotated[str | None, tyro.conf.arg(aliases=["--as"])] = None
+    """Name to publish the trained adapter under (--as tickets)."""
     json: bool = False
     """Print the summary as one JSON object."""
 
@@ -49,7 +53,7 @@ def main(args: list[str]) -> int:
     if summary["status"] == "interrupted":
         err.print(f"Saved. Go on with the same command and --resume (--out {options.out}).", markup=False)
         return 130
-    return 0
+    return 2 if "error" in summary.get("published", {}) else 0  # the run is whole, but not where it was asked for
 
 
 def train_with_bar(options: TrainOptions) -> dict[str, Any]:
@@ -108,8 +112,13 @@ def _report(summary: dict[str, Any], options: TrainOptions, *, as_json: bool) ->
     sizes = f"{size(summary['adapter_bytes'])}; base {size(summary['base_bytes'])}"
     table.add_row("written", escape(f"{options.out} ({sizes})"))
     out.print(table)
+    published = summary.get("published", {})
+    if "version" in published:
+        said = f"{published['name']}@{published['version'][:12]} in {published['store']}"
+        out.print(f"published as {said}", markup=False, soft_wrap=True)
     if summary["status"] != "interrupted" and not options.full:
-        out.print(f"Next: {command('chat', '--adapter', options.out)}", markup=False, soft_wrap=True)
+        same = () if options.quantization == "none" else ("--quantization", options.quantization)
+        out.print(f"Next: {command('chat', '--adapter', options.out, *same)}", markup=False, soft_wrap=True)
 
 
 def _preview(options: TrainOptions, *, as_json: bool) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..nn import bnb
+from ..nn.quantized import QuantizedEmbedding, QuantizedModule
 from .model import checkpointing
 
 
@@ -28,9 +29,16 @@ def prepare_model_for_kbit_training(
     for parameter in model.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.to(torch.float32)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedEmbedding):
+            layer.to(torch.float32)
     bnb.keep_differentiable(model)
-    if use_gradient_checkpointing and any(bnb.is_quantized(layer) for layer in model.modules()):
+    if use_gradient_checkpointing and any(_is_quantized(layer) for layer in model.modules()):
         if not hasattr(model, "activation_checkpointing_enable"):
             raise UserError(f"{type(model).__name__} has no checkpointing; use_gradient_checkpointing=False")
         checkpointing(model, gradient_checkpointing_kwargs)
     return model
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return isinstance(layer, QuantizedModule) or bnb.is_quantized(layer)

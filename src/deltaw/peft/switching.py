@@ -15,9 +15,9 @@ from torch import nn
 from ..adapters import blend, merge
 from ..config import LoraConfig
 from ..errors import UserError
-from ..nn import bnb
 from ..nn.inject import activate, inject, restore
 from ..nn.state import state_of
+from ..nn.walk import parameter_counts
 
 
 class Switching:
@@ -109,16 +109,21 @@ class Switching:
         merge.unmerge(self.get_base_model())
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        requantize: bool = False,
     ) -> nn.Module:
         """Merge adapters (the active ones) for good, take all out, and return the plain model; computed in float32.
 
-        A base that bitsandbytes has quantised becomes dense as a whole, and takes the memory of that: rounding the
-        sum to few bits again would throw most of the adapter away. ``progressbar`` prints a line before and after.
+        A quantised base becomes dense as a whole, and takes the memory of that: rounding the sum to few bits again
+        throws most of a small adapter away. ``requantize`` does so all the same (not for bitsandbytes' live layers); a
+        warning says what was lost. ``progressbar`` prints a line before and after.
         """
         if progressbar:
             print(f"merging {', '.join(adapter_names or self.active_adapters)} …", flush=True)
-        merged = merge.merge_and_unload(self.get_base_model(), adapter_names, safe=safe_merge)
+        merged = merge.merge_and_unload(self.get_base_model(), adapter_names, safe=safe_merge, requantize=requantize)
         if progressbar:
             print("merged", flush=True)
         return merged
@@ -162,8 +167,7 @@ class Switching:
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; 4-bit weights count as many as they stand for."""
-        parameters = list(self.get_base_model().parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(bnb.num_elements(p) for p in parameters)
+        return parameter_counts(self.get_base_model())
 
     def print_trainable_parameters(self) -> None:
         """The line that every PEFT tutorial prints."""

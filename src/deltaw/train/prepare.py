@@ -14,6 +14,7 @@ from ..data.records import split_of
 from ..data.render import Rendered, render_all
 from ..errors import UserError
 from ..nn.load import base_bytes, base_info, load_base, load_tokenizer
+from ..nn.quantized import num_quantized
 from . import checkpoint
 from .options import TrainOptions
 
@@ -60,7 +61,16 @@ def prepare(options: TrainOptions, counted: Counted = uncounted) -> Prepared:
     """Read the data, then the base, and render the one for the other."""
     examples = _read(options)
     log.info("read %d examples from %s; loading %s", len(examples[0]), options.data, options.model)
-    model, tokenizer = load_base(options.model, dtype=options.dtype, device=options.device)
+    with counted("loading the base") as progress:
+        model, tokenizer = load_base(
+            options.model,
+            quantization=options.quantization,
+            dtype=options.dtype,
+            device=options.device,
+            progress=progress,
+        )
+    if options.full and num_quantized(model):
+        raise UserError(f"--full --model {options.model}: its weights are in 4 bits and can't train; give dense ones")
     check_length(model.config, options.max_length)
     hashes = {checkpoint.TRAINING_DATA: data_sha256(options)}
     if options.eval_data is not None:

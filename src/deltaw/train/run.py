@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.card import is_own
 from ..adapters.peft_format import WEIGHTS_NAME, save_adapter
 from ..config import CONFIG_NAME
 from ..errors import UserError
@@ -32,6 +33,7 @@ from ..nn.fresh import blank_adapter
 from ..nn.inject import inject
 from ..nn.walk import parameter_counts
 from . import checkpoint
+from .card import write_run_card
 from .eva import EvaBatches
 from .events import Event, Stopped, Warned, finite_or_none
 from .forward import examine
@@ -39,11 +41,12 @@ from .loop import Job, trainable_parameters, unfreeze
 from .optim import unmoved
 from .options import TrainOptions
 from .prepare import Counted, Prepared, data_sha256, data_warnings, prepare, uncounted
+from .publish import SUMMARY, check_publish, publish
 from .watchers import MetricsFile, TensorBoard, Watcher, check_tensorboard
 
 log = logging.getLogger("deltaw")
 
-SUMMARY, METRICS = "summary.json", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 _FILES = (SUMMARY, METRICS, CONFIG_NAME, WEIGHTS_NAME, "checkpoints", "tensorboard")
 
 
@@ -58,9 +61,10 @@ def run_training(
     Raises ``UserError`` before anything in ``--out`` has changed for whatever can't be read or doesn't fit.
     """
     check_out(options)
+    check_publish(options)
     if options.resume and (summary := _finished(options)) is not None:
-        log.info("%s is finished after %d steps: nothing left to do", options.out, summary["steps"])
-        return summary
+        log.info("%s is finished after %d steps: nothing left to train", options.out, summary["steps"])
+        return publish(options, summary, log.warning)
     prepared = prepare(options, counted)
     job = make_job(options, prepared, should_stop)
     if options.overwrite:
@@ -88,7 +92,8 @@ def run_training(
         for event in job.run():
             tell(event)
             stopped = event if isinstance(event, Stopped) else stopped
-        return _finish(job, prepared, stopped, tell)
+        summary = _finish(job, prepared, stopped, tell)
+        return publish(options, summary, lambda message: tell(Warned(message=message)))
 
 
 def make_job(options: TrainOptions, prepared: Prepared, should_stop: Callable[[], bool] = lambda: False) -> Job:
@@ -136,6 +141,11 @@ def make_job(options: TrainOptions, prepared: Prepared, should_stop: Callable[[]
 
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far."""
+    try:  # getrusage would count, too, what a parent held when it forked
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -158,6 +168,8 @@ def _finish(job: Job, prepared: Prepared, stopped: Stopped, tell: Callable[[Even
         "eval_loss_after": None if best is None else job.progress.best_loss
     }
     replace_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    if not job.options.full:
+        write_run_card(out, summary, model)
     return summary
 
 
@@ -195,6 +207,8 @@ def _summary(job: Job, prepared: Prepared, stopped: Stopped, written: list[str])
         "total_parameters": total,
         "adapter_bytes": sum(path.stat().st_size for path in weights),
         "base_bytes": prepared.base_bytes,
+        "trained_bytes": sum(p.nbytes for p in job.optimizer.parameters.values()),
+        "optimizer_bytes": sum(t.nbytes for t in job.optimizer.state().values()),
         "data_sha256": prepared.hashes[checkpoint.TRAINING_DATA],
         "base_sha256": prepared.hashes.get(checkpoint.BASE),
         "truncated_examples": prepared.train.num_truncated,
@@ -250,5 +264,5 @@ def _clear(out: Path) -> None:
     for path in [*ours, *(out.iterdir() if out.is_dir() else ())]:
         if path in ours:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif path.is_file() and (path.name in _FILES or path.name in written):
+        elif path.is_file() and (path.name in _FILES or path.name in written or is_own(path)):
             path.unlink()
