@@ -156,7 +156,7 @@ def test_an_inject_that_fails_midway_leaves_the_model_as_it_was(tiny, ids, monke
     before, logits = _portrait(model), model(ids).logits
     made = []
 
-    def fail_at_the_third(layer, config):
+    def fail_at_the_third(layer, config, **facts):
         made.append(layer)
         if len(made) == 3:
             raise MemoryError
