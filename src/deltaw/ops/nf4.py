@@ -196,6 +196,8 @@ def _encode(values: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]
 
 def _quantize_scales(scales: Tensor) -> QuantizedScales:
     offset = scales.mean()
+    if len(scales) and not offset.isfinite():
+        raise UserError("the tensor to quantise is too large for double quantisation: its scales add up to infinity")
     centred = F.pad(scales - offset, (0, -len(scales) % _SCALE_BLOCK)).view(-1, _SCALE_BLOCK)
     absmax = centred.abs().amax(1)
     # Where all scales of a block are equal any code will do; bitsandbytes gives the lowest.

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .columns import scale, scale_backward, scale_reference
 from .dropout import DropoutMask, kept
 from .frozen import FrozenWeight
 
@@ -61,6 +62,8 @@ class Projection:
     weight: FrozenWeight
     segments: tuple[Segment, ...]
     bias_N: Tensor | None = None
+    is_unread: bool = False
+    """Whether nobody reads y, and only what backward needs is wanted: the last product of what is computed again."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -85,7 +88,10 @@ def joint(projections: Sequence[Projection], x_TK: Tensor) -> Tensor | None:
 def forward(x_TK: Tensor, p: Projection, z_TR: Tensor | None = None) -> tuple[Tensor, list[Tensor | None]]:
     """(y [T, N] in x's dtype, what ``backward`` needs of it); ``z_TR`` where it was formed together with others."""
     is_scaled = any(s.column_scale_N is not None for s in p.segments)
-    y_TN = p.weight.multiply(x_TK, None if is_scaled else p.bias_N)
+    if p.is_unread and not p.trains_scale:
+        y_TN = x_TK.new_empty(x_TK.shape[0], p.weight.out_features)
+    else:
+        y_TN = p.weight.multiply(x_TK, None if is_scaled else p.bias_N)
     saved: list[Tensor | None] = []
     for s in p.segments:
         x, y = x_TK[s.rows], y_TN[s.rows]
@@ -103,7 +109,7 @@ def forward(x_TK: Tensor, p: Projection, z_TR: Tensor | None = None) -> tuple[Te
         if s.column_scale_N is not None:
             if s.column_scale_N.requires_grad and not s.column_scale_N.all():
                 unscaled = y.clone()  # what a scale of zero leaves can't be divided by it
-            y.mul_(s.column_scale_N.to(y.dtype))
+            scale(y, s.column_scale_N)
         saved += [z, unscaled, mask]
     scaled_TN = y_TN if p.trains_scale else None
     if is_scaled and p.bias_N is not None:  # it stands outside DoRA's scale
@@ -138,10 +144,10 @@ def backward(
     instead of dA and A's part in dx.
     """
     dy_TN = dy_TN.contiguous()
-    g_TN = _scaled_gradient(dy_TN, p.segments, tensors[1:])
+    scaled_TN, *saved_by_segment = saved
+    g_TN, sums = _scaled_gradient(dy_TN, scaled_TN, p.segments, tensors[1:])
     dx_TK = _grad_input(p.weight, g_TN, onto) if needs_x else None
     out = Gradients(dx_TK, None, [dy_TN.sum(0) if needs[0] else None])
-    scaled_TN, *saved_by_segment = saved
     for i, s in enumerate(p.segments):
         a_RK, b_NR, c_N = tensors[1 + 3 * i : 4 + 3 * i]
         z_TR, unscaled, mask = saved_by_segment[3 * i : 3 * i + 3]
@@ -160,7 +166,7 @@ def backward(
         out.tensors += [
             grad_a,
             (g.T @ z_TR).mul_(s.scaling).to(b_NR.dtype) if needs_b else None,
-            _grad_scale(dy_TN[s.rows], c_N, scaled_TN, s.rows, unscaled) if needs_c else None,
+            _grad_scale(dy_TN[s.rows], c_N, sums[i], unscaled) if needs_c else None,
         ]
         if dx_TK is not None and not is_joint:
             _add_low_rank(dx_TK[s.rows], g, u_TR, a_RK, s, mask)
@@ -188,26 +194,35 @@ def _add_low_rank(dx: Tensor, g: Tensor, u_TR: Tensor, a_RK: Tensor, s: Segment,
         kept(u_TR @ a, mask, onto=dx)
 
 
-def _scaled_gradient(dy_TN: Tensor, segments: Sequence[Segment], factors: Sequence[Tensor | None]) -> Tensor:
-    """g = c∘dy on the rows of scaled segments; dy itself, not a copy, where nothing is scaled."""
+def _scaled_gradient(
+    dy_TN: Tensor, scaled_TN: Tensor | None, segments: Sequence[Segment], factors: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(g = c∘dy on the rows of scaled segments, each segment's Σ_t dy∘y); dy itself, not a copy, where none is scaled."""
     scales = factors[2::3]
+    sums: list[Tensor | None] = [None] * len(segments)
     if all(c_N is None for c_N in scales):
-        return dy_TN
-    if len(segments) == 1 and segments[0].rows == slice(0, dy_TN.shape[0]):
-        return dy_TN * scales[0].to(dy_TN.dtype)  # type: ignore[union-attr]
-    g_TN = dy_TN.clone()
-    for s, c_N in zip(segments, scales, strict=True):
-        if c_N is not None:
-            g_TN[s.rows].mul_(c_N.to(g_TN.dtype))
-    return g_TN
+        return dy_TN, sums
+    g_TN = None if segments[0].rows == slice(0, dy_TN.shape[0]) else dy_TN.clone()
+    for i, (s, c_N) in enumerate(zip(segments, scales, strict=True)):
+        if c_N is None:
+            continue
+        dy = dy_TN[s.rows]
+        g, sums[i] = (
+            (scale_reference(dy.clone(), c_N), None)
+            if scaled_TN is None
+            else scale_backward(dy, scaled_TN[s.rows], c_N)
+        )
+        if g_TN is None:
+            return g, sums
+        g_TN[s.rows] = g
+    assert g_TN is not None
+    return g_TN, sums
 
 
-def _grad_scale(
-    dy_TN: Tensor, c_N: Tensor | None, scaled_TN: Tensor | None, rows: slice, unscaled_TN: Tensor | None
-) -> Tensor:
-    """dc = Σ_t dy∘u of y = c∘u. The output stands in for u, which would be a second copy of it: u = y/c."""
-    assert c_N is not None and scaled_TN is not None
-    dtype = torch.promote_types(c_N.dtype, torch.float32)
+def _grad_scale(dy_TN: Tensor, c_N: Tensor | None, sums_N: Tensor | None, unscaled_TN: Tensor | None) -> Tensor:
+    """dc of y = c∘u, from Σ_t dy∘y where no entry of c is zero."""
+    assert c_N is not None and sums_N is not None
     if unscaled_TN is not None:
-        return (dy_TN * unscaled_TN).sum(0, dtype=dtype).to(c_N.dtype)
-    return (dy_TN * scaled_TN[rows]).sum(0, dtype=dtype).div_(c_N).to(c_N.dtype)
+        sums_N = (dy_TN * unscaled_TN).sum(0, dtype=sums_N.dtype)
+        return sums_N.to(c_N.dtype)
+    return sums_N.div_(c_N).to(c_N.dtype)

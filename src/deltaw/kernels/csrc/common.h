@@ -44,14 +44,19 @@ static inline f32x16 load16(const bf16* p) {
 static inline void store16(float* p, f32x16 v) { memcpy(p, &v, sizeof v); }
 
 // Round to nearest, ties to even, NaN stays NaN: what torch does.
-static inline u16x16 to_bf16(f32x16 v) {
-#if defined(__AVX512BF16__)
-    return (u16x16)_mm512_cvtneps_pbh((__m512)v);
-#else
+static inline u16x16 to_bf16_by_integers(f32x16 v) {
     u32x16 u = (u32x16)v;
     u32x16 rounded = (u + (0x7fff + ((u >> 16) & 1))) >> 16;
     u32x16 nan = (u32x16)(v != v);
     return __builtin_convertvector((rounded & ~nan) | (((u >> 16) | 0x40) & nan), u16x16);
+}
+
+// The same, but that the instruction takes numbers below 1.2e-38 (denormals) for zeros.
+static inline u16x16 to_bf16(f32x16 v) {
+#if defined(__AVX512BF16__)
+    return (u16x16)_mm512_cvtneps_pbh((__m512)v);
+#else
+    return to_bf16_by_integers(v);
 #endif
 }
 

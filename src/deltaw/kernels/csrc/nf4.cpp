@@ -53,7 +53,8 @@ static inline void block_to_dense(const uint8_t* packed, f32x16 levels, float sc
 }
 
 static inline void block_to_dense(const uint8_t* packed, f32x16 levels, float scale, bf16* w, int64_t n) {
-    u16x16 table = to_bf16(levels * scale);
+    f32x16 exact = levels * scale;
+    u16x16 table = scale > 1e-35f ? to_bf16(exact) : to_bf16_by_integers(exact);  // keeps denormals
     int64_t i = 0;
 #if defined(__AVX512BW__)
     // twice, so that an index's fifth bit doesn't matter

@@ -102,6 +102,36 @@ void gate_backward(const T* dp, const T* g, const T* u, T* dg, T* du, int64_t si
     });
 }
 
+// --- DoRA's column scale: y = c∘u in place; back, g = c∘dy and the column sums of dy∘y (dc = sums/c) in one pass ---
+
+template <class T> void scale_columns(T* y, const float* c, int64_t rows, int64_t n) {
+    parallel_for(rows, grain(n * sizeof(T)), [=](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; t++)
+            for_each16(n, [&](int64_t i, int64_t m) {
+                T* at = y + t * n + i;
+                store_some(at, load_some(at, m) * load_some(c + i, m), m);
+            });
+    });
+}
+
+constexpr int64_t SUM_ROWS = 64;  // that are summed together, whatever the number of threads
+
+// sums is [⌈rows/64⌉, n].
+template <class T>
+void scale_columns_backward(const T* dy, const T* y, const float* c, T* g, float* sums, int64_t rows, int64_t n) {
+    parallel_tasks((rows + SUM_ROWS - 1) / SUM_ROWS, [=](int64_t task, int) {
+        float* own = sums + task * n;
+        int64_t first = task * SUM_ROWS, last = first + SUM_ROWS < rows ? first + SUM_ROWS : rows;
+        memset(own, 0, (size_t)n * sizeof(float));
+        for (int64_t t = first; t < last; t++)
+            for_each16(n, [&](int64_t i, int64_t m) {
+                f32x16 d = load_some(dy + t * n + i, m);
+                store_some(g + t * n + i, d * load_some(c + i, m), m);
+                store_some(own + i, load_some(own + i, m) + d * load_some(y + t * n + i, m), m);
+            });
+    });
+}
+
 // --- rotary positions (Su et al. 2021, in halves): y = x∘cos + rotate_half(x)∘sin, or its transpose with -sin ---
 // x and y are [T, heads, D] with their own strides between tokens and heads; cos and sin are [T, D].
 
@@ -183,6 +213,13 @@ void cross_entropy(T* logits, const int64_t* targets, float* losses, int64_t row
     EXPORT void deltaw_gate_backward_##suffix(const T* dp, const T* g, const T* u, T* dg, T* du, int64_t size,        \
                                               int64_t act) {                                                          \
         gate_backward(dp, g, u, dg, du, size, act);                                                                   \
+    }                                                                                                                 \
+    EXPORT void deltaw_scale_columns_##suffix(T* y, const float* c, int64_t rows, int64_t n) {                        \
+        scale_columns(y, c, rows, n);                                                                                 \
+    }                                                                                                                 \
+    EXPORT void deltaw_scale_columns_backward_##suffix(const T* dy, const T* y, const float* c, T* g, float* sums,    \
+                                                       int64_t rows, int64_t n) {                                     \
+        scale_columns_backward(dy, y, c, g, sums, rows, n);                                                           \
     }                                                                                                                 \
     EXPORT void deltaw_rotate_##suffix(const T* x, const T* cos, const T* sin, T* y, int64_t tokens, int64_t heads,   \
                                        int64_t size, int64_t x_token, int64_t x_head, int64_t y_token,                \

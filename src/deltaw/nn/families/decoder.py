@@ -20,7 +20,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -110,13 +112,29 @@ def recompute_mlp(layers: Sequence[LeanLayer]) -> Iterator[None]:
 
 def _again(block: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
     """block(h), of which nothing is kept but h: backward runs it a second time, as it ran in this batch."""
-    y: Tensor = checkpoint(block, h, use_reentrant=False, context_fn=checkpoint_context)
+    y: Tensor = checkpoint(block, h, use_reentrant=False, context_fn=_contexts)
     return y
 
 
-def _attend(
-    layer: Any, hidden: Tensor, mask: Any, positions: tuple[Tensor, Tensor], told: dict[str, Any]
-) -> Tensor:
+_is_again: ContextVar[bool] = ContextVar("deltaw_is_again", default=False)
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    first, second = checkpoint_context()
+    return first, _second_run(second)
+
+
+@contextmanager
+def _second_run(batch: AbstractContextManager[None]) -> Iterator[None]:
+    token = _is_again.set(True)
+    try:
+        with batch:
+            yield
+    finally:
+        _is_again.reset(token)
+
+
+def _attend(layer: Any, hidden: Tensor, mask: Any, positions: tuple[Tensor, Tensor], told: dict[str, Any]) -> Tensor:
     """The attention block without its residual: [T, H] for all rows of the batch."""
     attention = layer.self_attn
     h_TH = hidden.flatten(0, -2)
@@ -138,7 +156,9 @@ def _mlp(layer: Any, h_TH: Tensor) -> Tensor:
     mlp = layer.mlp
     g_TM, u_TM = _projected(h_TH, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
     source = Gated(_ACTIVATIONS[layer.mlp.config.hidden_act])
-    (y_TH,) = adapted_group([g_TM, u_TM], source, [_projection(mlp.down_proj, len(h_TH))])
+    # A second run is for what backward needs, and the block's own result isn't among it.
+    down = replace(_projection(mlp.down_proj, len(h_TH)), is_unread=_is_again.get())
+    (y_TH,) = adapted_group([g_TM, u_TM], source, [down])
     return y_TH
 
 
