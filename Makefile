@@ -21,8 +21,8 @@ LLAMA_PARTS := $(addprefix -D,$(addsuffix =OFF,GGML_OPENMP LLAVA_BUILD \
 TORCH = $(shell sed -n 's/^torch==[^ ;+]*/&/p' requirements.lock)
 
 # Names the set-up by what it is made from, so that an unchanged one costs nothing. (Of pyproject.toml the
-# package's part, which stands before the tools' settings.)
-STAMP := .venv/.setup-$(shell { sed '/^\[tool\.ruff\]/q' pyproject.toml; cat requirements.lock; echo $(BASE_MODEL); } | cksum | tr ' ' '-')
+# package's part, which stands before the tools' settings; kernels are compiled into it.)
+STAMP := .venv/.setup-$(shell { sed '/^\[tool\.ruff\]/q' pyproject.toml; cat requirements.lock setup.py src/deltaw/kernels/csrc/*; echo $(BASE_MODEL); } | cksum | tr ' ' '-')
 # Tests, benchmarks and the demo never need the network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false GOMP_SPINCOUNT=20000
 

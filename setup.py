@@ -12,6 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 KERNELS = Path("src/deltaw/kernels")
 LEVELS = {
@@ -31,19 +32,20 @@ class BuildKernels(build_ext):
     """One shared library a level, with a plain C interface: nothing of Python in it, so it serves every Python."""
 
     def build_extension(self, ext: Extension) -> None:
-        # Libraries of older sources would be called with this source's arguments: better none than these.
-        for stale in [*self._built().glob("deltaw_*.so"), *(KERNELS.glob("deltaw_*.so") if self._is_in_place else [])]:
-            stale.unlink()
+        _remove_libraries(self._built())
         levels = LEVELS.get(platform.machine().lower().replace("amd64", "x86_64"), {})
         for level, flags in levels.items():
-            objects = self.compiler.compile(
-                ext.sources, output_dir=f"{self.build_temp}/{level}", depends=ext.depends, extra_postargs=FLAGS + flags
-            )
-            self.compiler.link_shared_object(objects, str(self._built() / f"deltaw_{level}.so"), extra_postargs=LINK)
+            try:
+                self._build_level(ext, level, flags)
+            except (CompileError, LinkError) as error:  # an older compiler may know one instruction set and not another
+                self.warn(f"no kernels for {level}: {error}")
 
-    def run(self) -> None:
-        self._is_in_place = bool(self.inplace)  # setuptools builds elsewhere first, and copies then
-        super().run()
+    def _build_level(self, ext: Extension, level: str, flags: list[str]) -> None:
+        folder = f"{self.build_temp}/{level}"
+        objects = self.compiler.compile(
+            ext.sources, output_dir=folder, depends=ext.depends, extra_postargs=FLAGS + flags
+        )
+        self.compiler.link_shared_object(objects, str(self._built() / f"deltaw_{level}.so"), extra_postargs=LINK)
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path("deltaw/kernels/kernels.so"))
@@ -53,11 +55,18 @@ class BuildKernels(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install the libraries lie beside the source."""
+        _remove_libraries(KERNELS)
         for path in self.get_outputs():
             self.copy_file(path, str(KERNELS))
 
     def _built(self) -> Path:
         return Path(self.build_lib, "deltaw", "kernels")
+
+
+def _remove_libraries(folder: Path) -> None:
+    """Those of older sources would be called with this source's arguments: where compiling fails, better none."""
+    for path in folder.glob("deltaw_*.so"):
+        path.unlink()
 
 
 class PlatformWheel(bdist_wheel):

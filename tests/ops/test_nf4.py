@@ -153,6 +153,13 @@ def test_weights_that_are_not_finite(bad):
         quantize(w)
 
 
+def test_scales_that_add_up_to_infinity():
+    w = torch.full((64, 64), 3e38)
+    assert quantize(w).scales.isfinite().all()
+    with pytest.raises(UserError, match="too large for double"):
+        quantize(w, double=True)
+
+
 def test_what_there_is_not():
     w = torch.zeros(4, 64)
     with pytest.raises(UserError, match="'nf3': expected one of nf4, fp4, int4, nf2"):

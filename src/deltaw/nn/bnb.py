@@ -35,6 +35,12 @@ def is_8bit(layer: nn.Module) -> bool:
     return _is_a(layer, "Linear8bitLt") and not layer.state.has_fp16_weights  # type: ignore[union-attr]
 
 
+def stands_for(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``transformers`` put this layer where one of that kind was; whatever it was, W lies as [N, K] in it."""
+    source = getattr(layer, "source_cls", None)
+    return isinstance(source, type) and issubclass(source, kind)
+
+
 def num_elements(parameter: nn.Parameter) -> int:
     """Entries of the weight that a parameter stands for; a 4-bit one packs several into an element."""
     state = getattr(parameter, "quant_state", None)

@@ -145,19 +145,25 @@ class QuantizedLinear(QuantizedModule):
 
     def as_dense(self, w_NK: Tensor) -> nn.Module:
         """The dense layer that this one stands for, of the model's own kind, with W ``w_NK``; shares the bias."""
-        dense: Any
-        if self.is_conv1d:
-            dense = Conv1D(0, 0)
-            dense.nf, dense.nx = self.out_features, self.in_features
-            w_NK = w_NK.T.contiguous()
-        else:
-            dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=w_NK.dtype)
-        dense.weight = nn.Parameter(w_NK, requires_grad=False)
-        dense.bias = self.bias
-        return dense.train(self.training)  # type: ignore[no-any-return]
+        return dense_linear(w_NK, self.bias, is_conv1d=self.is_conv1d).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._described()}"
+
+
+def dense_linear(w_NK: Tensor, bias: nn.Parameter | None, *, is_conv1d: bool = False) -> nn.Module:
+    """``nn.Linear``, or transformers' ``Conv1D``, around a frozen W; shares the bias."""
+    out_features, in_features = w_NK.shape
+    dense: Any
+    if is_conv1d:
+        dense = Conv1D(0, 0)
+        dense.nf, dense.nx = out_features, in_features
+        w_NK = w_NK.T.contiguous()
+    else:
+        dense = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=w_NK.dtype)
+    dense.weight = nn.Parameter(w_NK, requires_grad=False)
+    dense.bias = bias
+    return dense  # type: ignore[no-any-return]
 
 
 class TiedHead(QuantizedLinear):

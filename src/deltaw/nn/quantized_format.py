@@ -179,18 +179,21 @@ def _facts(name: str, key: str, part: Any) -> dict[str, Any]:
         shape = tuple(given["shape"])
         if kind not in ("nf4", "fp4", *_OURS) or given["quant_type"] != kind:
             raise ValueError(f"quantised as {short(given['quant_type'])}")
-        if given["blocksize"] not in nf4.BLOCK_SIZES or given.get("nested_blocksize", _NESTED_BLOCK) != _NESTED_BLOCK:
-            raise ValueError(f"blocks of {short(given['blocksize'])} weights")
+        block_size = given["blocksize"]
+        if type(block_size) is not int or block_size not in nf4.BLOCK_SIZES:
+            raise ValueError(f"blocks of {short(block_size)} weights")
+        if given.get("nested_blocksize", _NESTED_BLOCK) != _NESTED_BLOCK:
+            raise ValueError(f"blocks of {short(given['nested_blocksize'])} scales")
         if not all(type(size) is int and 0 <= size < 2**40 for size in shape) or len(shape) != 2:
             raise ValueError(f"shape {short(shape)}")
         offset = float(given.get("nested_offset", 0.0))
-        if not math.isfinite(offset):
+        if not abs(offset) <= torch.finfo(torch.float32).max:
             raise ValueError(f"nested_offset {offset}")
         dtype = _DTYPES[given["dtype"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        reason = short(str(error), 200)
-        raise UserError(f"{name}{short(key)}: not what bitsandbytes writes ({reason}); get a sound copy") from None
-    return {"kind": kind, "block_size": given["blocksize"], "dtype": dtype, "shape": shape, "offset": offset}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
+        where, reason = short(name + key, 200), short(str(error), 200)
+        raise UserError(f"{where}: not what bitsandbytes writes ({reason}); get a sound copy") from None
+    return {"kind": kind, "block_size": block_size, "dtype": dtype, "shape": shape, "offset": offset}
 
 
 def _num_bytes(part: Any) -> int:

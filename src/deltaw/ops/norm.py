@@ -41,10 +41,6 @@ class RmsNorm:
         kernel(*_at(x_TH, w_H, y_TH, r_T), *x_TH.shape, self.eps, self.adds_one)
         return y_TH, r_T
 
-    def apply(self, x_TH: Tensor, r_T: Tensor) -> Tensor:
-        """y again, bit for bit, from what ``forward`` gave."""
-        return self.forward(x_TH)[0]
-
     def backward(self, dy_TH: Tensor, x_TH: Tensor, r_T: Tensor) -> Tensor:
         """dx [T, H] in x's dtype."""
         dy_TH, x_TH, w_H = dy_TH.contiguous(), x_TH.contiguous(), self.weight_H.contiguous()

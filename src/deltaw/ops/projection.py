@@ -197,7 +197,7 @@ def _add_low_rank(dx: Tensor, g: Tensor, u_TR: Tensor, a_RK: Tensor, s: Segment,
 def _scaled_gradient(
     dy_TN: Tensor, scaled_TN: Tensor | None, segments: Sequence[Segment], factors: Sequence[Tensor | None]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(g = c∘dy on the rows of scaled segments, each segment's Σ_t dy∘y); dy itself, not a copy, where none is scaled."""
+    """(g = c∘dy on the rows of scaled segments, each segment's Σ_t dy∘y); dy itself where none is scaled."""
     scales = factors[2::3]
     sums: list[Tensor | None] = [None] * len(segments)
     if all(c_N is None for c_N in scales):
