@@ -31,6 +31,9 @@ def use_packed_attention(model: PreTrainedModel) -> Iterator[None]:
     Raises ``ValueError`` (transformers' own) for a model whose attention can't be exchanged.
     """
     before = model.config._attn_implementation
+    if before == NAME:  # already inside: setting it walks through all modules, twice a step
+        yield
+        return
     model.set_attn_implementation(NAME)
     try:
         yield
