@@ -136,17 +136,26 @@ def load_worker(name: str, folder: str, saved: str) -> dict[str, Any]:
 
 
 def dequantise(args: argparse.Namespace) -> dict[str, Any]:
-    """NF4 as QLoRA stores it and with plain scales, in one matrix."""
+    """NF4 as QLoRA stores it and with plain scales: one matrix, into new memory, and again as products do it here: into
+    memory that is there already (bitsandbytes has no such way on CPUs). New memory measures the system's pages as well.
+    """
     import torch
+
+    from deltaw.ops.nf4 import dequantize
 
     size = 256 if args.tiny else 4096
     torch.manual_seed(0)
     w_NK = torch.randn(size, size).bfloat16()
-    actions: dict[str, Callable[[], object]] = {"copy of bfloat16": w_NK.clone}
+    out_NK = torch.empty_like(w_NK)
+    actions: dict[str, Callable[[], object]] = {
+        "copy of bfloat16": w_NK.clone,
+        "copy of bfloat16, in place": lambda: out_NK.copy_(w_NK),
+    }
     for kind in ("nf4", "nf4-single"):
         ours, theirs = both(w_NK, kind)
         assert torch.equal(ours.dequantize(), theirs.dequantize()), kind
         actions |= {f"deltaw {kind}": ours.dequantize, f"bitsandbytes {kind}": theirs.dequantize}
+        actions[f"deltaw {kind}, in place"] = lambda q=ours.quantized: dequantize(q, out=out_NK)
     seconds = in_turn(actions, args.rounds, repeat=5)
     return {"size": size, "rows": {name: figures(times, w_NK.numel() / 1e9) for name, times in seconds.items()}}
 

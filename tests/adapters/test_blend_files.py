@@ -96,6 +96,7 @@ def test_refusals(tiny, tmp_path):
     tokens = _save(tiny("gpt2"), tmp_path / "tokens", seed=1, trainable_token_indices=[3])
     small = _save(model, tmp_path / "small", seed=1, r=2)
     other = _save(tiny("llama"), tmp_path / "other", seed=1)
+    copied = dataclasses.replace(a, others={"transformer.wte.weight": torch.zeros(3, 2)})
     sha = dataclasses.replace(a, provenance=dataclasses.replace(a.provenance, base_sha256="1" * 64))
     strange = dataclasses.replace(a, provenance=dataclasses.replace(a.provenance, base_sha256="2" * 64))
     wide = {
@@ -105,6 +106,7 @@ def test_refusals(tiny, tmp_path):
         ([a, dora], [1, 1], "cat", "DoRA"),
         ([a, biased], [1, 1], "cat", "trained biases"),
         ([a, tokens], [1, 1], "cat", "single trained tokens"),
+        ([a, copied], [1, 1], "cat", "brings the whole of transformer.wte.weight, .* save_embedding_layers=False"),
         ([a, small], [1, 1], "linear", "equal ranks"),
         ([a, a], [1], "cat", "one weight for each"),
         ([a, a], [1, float("nan")], "cat", "finite"),

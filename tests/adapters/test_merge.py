@@ -7,13 +7,14 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 import deltaw
 from deltaw.adapters.merge import merge, merge_and_unload, merged_names, unmerge
 from deltaw.adapters.peft_format import adapter_tensors, load_adapter, save_adapter
 from deltaw.errors import UserError
-from deltaw.nn import bnb
+from deltaw.nn import bnb, merged
 from deltaw.nn.batch import Batch, batch
 from deltaw.nn.inject import activate, inject, restore
 from deltaw.nn.linear import AdaptedLinear
@@ -263,6 +264,51 @@ class TestQuantised:
         assert torch.equal(_logits(again, ids), _logits(model, ids))
 
 
+@pytest.mark.parametrize("how", QUANTISED)
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_a_transposed_layer_comes_back_from_bitsandbytes(tmp_path, ids, how):
+    """transformers puts bitsandbytes' layers where GPT-2 has Conv1D, whose weight lies the other way round."""
+    sizes = dict(vocab_size=97, n_embd=64, n_layer=1, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "base")
+    given = dict(quantization_config=BitsAndBytesConfig(**QUANTISED[how]), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **given).eval()
+    assert bnb.is_quantized(model.transformer.h[0].mlp.c_fc)
+    _add(model, target_modules=["c_attn", "c_fc"])
+    before = _logits(model, ids)
+    merge(model)
+    torch.testing.assert_close(_logits(model, ids), before, atol=5e-2, rtol=5e-2)
+    plain = merge_and_unload(model)
+    assert {type(m) for n, m in plain.transformer.named_modules() if n.endswith(("c_attn", "c_proj", "c_fc"))} == {
+        Conv1D
+    }
+    plain.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert torch.equal(_logits(again, ids), _logits(plain, ids))
+    torch.testing.assert_close(_logits(again, ids), before, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("is_dora", [False, True])
+def test_rows_at_a_time_are_the_whole(monkeypatch, is_dora):
+    """Whatever the number of rows, and however W lies; and in W's own layout."""
+    torch.manual_seed(0)
+    w_NK = torch.randn(40, 7).bfloat16()
+    magnitude_N = torch.rand(40) if is_dora else None
+    adapters = [LowRank(torch.randn(3, 7), torch.randn(40, 3), scaling=0.5, magnitude_N=magnitude_N)]
+    if not is_dora:
+        adapters.append(LowRank(torch.randn(2, 7).double(), torch.randn(40, 2).double(), scaling=-2.0))
+    exact = w_NK.double() + sum(adapter.delta().double() for adapter in adapters)
+    if is_dora:
+        exact *= (magnitude_N / exact.norm(dim=1))[:, None]
+    for block in (1, 7 * 16, 10**6):
+        monkeypatch.setattr(merged, "_BLOCK", block)
+        for w in (w_NK, w_NK.T.contiguous().T):
+            with torch.no_grad():
+                found = merged.merged_weight(w, adapters)
+            assert found.dtype == w.dtype and found.stride() == w.stride()
+            torch.testing.assert_close(found.double(), exact, atol=0, rtol=2**-8)
+
+
 def test_several_add_up_in_any_order(tiny, ids):
     model = _add(_add(tiny(), "a"), "b", seed=6, r=2, target_modules=["q_proj", "up_proj"])
     base = tiny()
@@ -475,9 +521,9 @@ class TestRefused:
             calls.append(self)
             if len(calls) == 3:
                 raise MemoryError
-            return torch.zeros(self.lora_B.shape[0], self.lora_A.shape[1])
+            return self.lora_A, self.lora_B
 
-        monkeypatch.setattr(LowRank, "delta", fail_at_third)
+        monkeypatch.setattr(LowRank, "joined", fail_at_third)
         with pytest.raises(MemoryError):
             merge(model, ["b"])
         _same(kept, _bits(model))

@@ -105,6 +105,16 @@ def test_a_merge_passes_and_a_lost_or_doubled_adapter_does_not(tiny, dtype, scal
         assert any("effect" in line for line in tolerance.violations(wrong))
 
 
+def test_what_is_mere_rounding_is_no_effect_that_could_get_lost():
+    """Parts of a blend may cancel: what is left of them is another rounding in the source and in the result."""
+    base_TV = torch.randn(40, 11)
+    source_TV, result_TV = base_TV * (1 + 1e-6), base_TV * (1 - 1e-6)
+    found = parity_of(source_TV, result_TV, base_TS=base_TV)
+    assert found.kept_effect is None and "effect" not in str(found)
+    assert not EXACT.violations(found)
+    assert parity_of(base_TV * 1.001, result_TV, base_TS=base_TV).kept_effect == pytest.approx(0, abs=0.01)
+
+
 def test_the_refusal_says_what_was_seen_what_was_tolerated_and_what_to_do():
     found = parity_of(torch.randn(40, 11), torch.randn(40, 11))
     with pytest.raises(UserError) as caught:

@@ -122,14 +122,20 @@ def _base(stored: StoredAdapter) -> str:
 def _check_plain(stored: StoredAdapter, kind: str, magnitude_N: Tensor | None) -> None:
     config = stored.config
     whole = as_names(config.modules_to_save)
+    beside = [name for name in stored.others if not _is_within(name, whole)]
     kinds = {
         "a DoRA magnitude": config.use_dora or magnitude_N is not None,
         "adapted bare parameters": kind == "parameter",
         "single trained tokens": bool(config.trainable_token_indices),
-        "trained biases": any(not _is_within(name, whole) for name in stored.others),
+        "trained biases": any(name.endswith(".bias") for name in beside),
     }
     if what := next((name for name, has in kinds.items() if has), None):
         raise UserError(f"blend: {stored.path} has {what}, which can't be blended; leave it out")
+    if beside:
+        raise UserError(
+            f"blend: {stored.path} brings the whole of {beside[0]}, which can't be blended; where that is only a copy "
+            "of the base's, save it again without (PEFT's save_embedding_layers=False)"
+        )
 
 
 def _is_within(name: str, modules: Sequence[str]) -> bool:

@@ -28,6 +28,7 @@ from .deltas import AdaptedModule, modules_of
 from .peft_format import StoredAdapter
 from .peft_format.keys import ROWS
 from .spectrum import Likeness, likeness
+from .store.names import label_of
 
 MIN_KIND = 5
 """Modules of one kind from which on a median says something."""
@@ -268,7 +269,7 @@ def _notes(stored: StoredAdapter, found: Sequence[ModuleFigures], base: BaseWeig
 
 def _about_dora(stored: StoredAdapter) -> str:
     return (
-        f"{stored.path.name} is a DoRA adapter: ranks and singular values are of s·B·A, its change of direction; "
+        f"{label_of(stored.path)} is a DoRA adapter: ranks and singular values are of s·B·A, its change of direction; "
         "the column scale is no part of them"
     )
 
@@ -276,7 +277,8 @@ def _about_dora(stored: StoredAdapter) -> str:
 def _about_others(stored: StoredAdapter) -> str:
     count = f"{len(stored.others)} tensor{'s' if len(stored.others) > 1 else ''}"
     return (
-        f"{stored.path.name} also has {count} beside its low-rank ones (biases, rows, whole modules): in no figure here"
+        f"{label_of(stored.path)} also has {count} beside its low-rank ones (biases, rows, whole modules): "
+        "in no figure here"
     )
 
 

@@ -94,8 +94,10 @@ def merge_and_unload(
     them, and for adapters on a quantised embedding or a head that is tied to one.
     ``loss`` is filled with what was lost; a warning says it, too.
 
-    Memory: one layer's merged weights beside the model, no more. They are written over the original ones, so there is
-    no way back, and whoever else holds those tensors sees them change; what is tied within the model is replaced.
+    Memory: one layer's merged weights beside the model, in its own dtype (of a quantised layer also dense ones in
+    float32), and whatever the allocator keeps of blocks that were freed. They are written over the original ones, so
+    there is no way back, and whoever else holds those tensors sees them change; what is tied within the model is
+    replaced.
     Raises as ``merge`` does, with the model as it was; memory that runs out on the way leaves a model to load anew.
     ``safe`` computes everything twice: once to look, once to keep.
     """

@@ -50,6 +50,9 @@ from ..files import replace_text
 PARITY_NAME = "parity.json"
 NUM_TOKENS = 512
 WINDOW = 128
+_NO_EFFECT = 3e-5
+"""‖source − base‖ / ‖base‖ over logits below which there is no effect to look for: some ten times what reordering the
+sums of float32 makes. Parts of a blend may cancel."""
 _ROWS = 32
 """Rows of logits that are compared at a time: V = 256,000 of them take 65 MB in float64."""
 
@@ -71,7 +74,8 @@ class Parity:
     dtype: str
     """Number format in which the result computed."""
     kept_effect: float | None = None
-    """How much of the adapter's effect on the base's logits arrives (1: all); None where that was not looked at."""
+    """How much of the adapter's effect on the base's logits arrives (1: all); None where that was not looked at, or
+    there is none to speak of."""
 
     def __str__(self) -> str:
         kept = "" if self.kept_effect is None else f"; {self.kept_effect:.1%} of the adapter's effect arrives"
@@ -219,7 +223,8 @@ def parity_of(
     Raises ``UserError`` where the result has another vocabulary.
     """
     pieces = [result] if isinstance(result, Tensor) else result
-    kl_sum, kl_max, far, equal, done, arrived, effect = 0.0, 0.0, 0.0, 0, 0, 0.0, 0.0
+    kl_sum, kl_max, far, equal, done = 0.0, 0.0, 0.0, 0, 0
+    arrived, effect, whole = 0.0, 0.0, 0.0
     for piece_WV in pieces:
         if piece_WV.shape[1] != source_TV.shape[1]:
             raise UserError(
@@ -235,6 +240,7 @@ def parity_of(
                 base_RS, on = base_TS[done : done + len(result_RV)].double(), _sample(source_TV.shape[1])
                 own_RS, its_RS = ((logits_RV[:, on].double().cpu() - base_RS) for logits_RV in (source_RV, result_RV))
                 arrived, effect = arrived + (own_RS * its_RS).sum().item(), effect + own_RS.square().sum().item()
+                whole += base_RS.square().sum().item()
             equal += int((source_RV.argmax(-1).cpu() == result_RV.argmax(-1).cpu()).sum())
             done += len(result_RV)
     assert done == len(source_TV), (done, len(source_TV))
@@ -246,7 +252,7 @@ def parity_of(
         equal_greedy=equal / done,
         text_sha256=text_sha256 or sha256_of_text(),
         dtype=str(dtype).removeprefix("torch."),
-        kept_effect=arrived / effect if effect else None,
+        kept_effect=None if effect <= _NO_EFFECT**2 * whole else arrived / effect,
     )
 
 

@@ -7,8 +7,9 @@ here to compare with. A scale costs 32 / B bits a weight. Double quantisation (�
 less their mean are themselves quantised, in blocks of 256, to an 8-bit code whose steps widen with the value
 (Dettmers 2015, arXiv:1511.04561).
 
-Codes, scales and dequantised values equal bitsandbytes' bit for bit, whatever the shape. What is quantised is the
-tensor in row-major order, whatever its strides. Work goes through in pieces of bounded size.
+Codes and scales equal bitsandbytes' bit for bit, whatever the shape; so do dequantised values, but where its AVX-512
+code is off: rows of an even length that is no multiple of B, and denormals in bfloat16. What is quantised is the tensor
+in row-major order, whatever its strides. Work goes through in pieces of bounded size.
 
 Left out: products with quantised weights (``nn/storage``), 8-bit weights.
 Shapes: n weights, S = ⌈n/B⌉ blocks, C entries of a codebook.

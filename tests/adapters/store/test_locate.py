@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.adapters.store import Store, default_store, locate_adapter
+from deltaw.adapters.store import Store, default_store, label_of, locate_adapter
 from deltaw.errors import UserError
 
 
@@ -58,3 +58,8 @@ def test_where_the_store_is(monkeypatch):
     assert default_store() == Path("/data/deltaw/adapters")
     monkeypatch.delenv("XDG_DATA_HOME")
     assert default_store() == Path.home() / ".local/share/deltaw/adapters"
+
+
+def test_a_version_is_called_by_its_name_and_not_by_64_digits(published):
+    assert label_of(published.path) == f"tickets@{published.sha256[:12]}"
+    assert label_of("runs/first") == "first"

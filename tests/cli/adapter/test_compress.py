@@ -1,10 +1,13 @@
 """`deltaw adapter compress` on small adapters: files, figures, refusal, nothing half-written."""
 
 import json
+import shutil
 
 import pytest
 
-from deltaw.adapters.peft_format import read_adapter
+from deltaw import LoraConfig, load_base
+from deltaw.adapters.peft_format import read_adapter, save_adapter
+from deltaw.nn.inject import inject
 
 
 @pytest.fixture
@@ -74,3 +77,19 @@ def test_slips_are_said_in_one_line(run, source, tmp_path):
         code, text, err = run("adapter", "compress", source, *args)
         assert code == 2 and said in err and not text and len(err.splitlines()) == 1, err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("beside", [{"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}])
+def test_what_is_beside_the_factors_is_compared_too(run, tiny, tiny_base, tmp_path, only_json, beside):
+    """Of adapters with trained biases a model holds one at a time."""
+    model = tiny("qwen2")
+    model.resize_token_embeddings(49152)
+    model.save_pretrained(tmp_path / "base")
+    for path in tiny_base.glob("*token*"):
+        shutil.copy(path, tmp_path / "base")
+    model, _ = load_base(tmp_path / "base", dtype="float32")
+    inject(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **beside))
+    save_adapter(model, tmp_path / "source")
+    args = ["adapter", "compress", tmp_path / "source", "--rank", 4, "--out", tmp_path / "out", "--json"]
+    found = only_json(run(*args)[1])
+    assert found["passed"] and found["parity"]["max_logit_difference"] == 0

@@ -109,7 +109,7 @@ def _check_quantized_base(model: nn.Module, stored: StoredAdapter, wanted: Quant
         raise UserError(
             f"{stored.path} was started by LoftQ and makes good what quantising {stored.provenance.base_name} has lost "
             f"({wanted.method}, sha256 {wanted.sha256[:12]}…); this base is {this}: load that one "
-            f"(--quantization {wanted.method}), or allow another (allow_other_base)"
+            f"(--quantization {wanted.method}), or allow another (--allow-other-base, allow_other_base=True)"
         )
 
 

@@ -15,7 +15,7 @@ locate.py     a path or a name → a folder
 from .garbage import Garbage
 from .listing import Entry
 from .locate import default_store, locate_adapter
-from .names import Reference, check_name, check_tag, parse_reference, shown
+from .names import Reference, check_name, check_tag, label_of, parse_reference, shown
 from .store import Store
 from .versions import About, Version, verify
 
@@ -29,6 +29,7 @@ __all__ = [
     "check_name",
     "check_tag",
     "default_store",
+    "label_of",
     "locate_adapter",
     "parse_reference",
     "shown",

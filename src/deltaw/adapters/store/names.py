@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...errors import UserError, short
 
@@ -77,3 +78,9 @@ def is_part_of_version(text: str) -> bool:
 def shown(sha256: str) -> str:
     """A version as it is shown to people, and taken from them."""
     return sha256[:12]
+
+
+def label_of(folder: str | Path) -> str:
+    """What to call an adapter before people: its folder's name; of a version in a store, ``name@version``."""
+    path = Path(folder)
+    return f"{path.parent.name}@{shown(path.name)}" if is_version(path.name) else path.name

@@ -61,6 +61,9 @@ class Options(BaseOptions):
     """Quantile at which these methods clamp the result's factors: over 0.5, up to 1."""
     seed: int = 0
     """What dare drops."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Number format to compare in. float32 leaves rounding out of the figures; auto, the base's own, may take half the
+    memory."""
     tokens: int = 512
     """Tokens of text to compare on; more than the text has means all of it."""
     allow_loss: bool = False

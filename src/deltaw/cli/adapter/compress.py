@@ -85,7 +85,7 @@ def main(args: list[str]) -> int:
 def compress_to_folder(options: Options) -> dict[str, Any]:
     """Cut, write, load, compare, keep; plain JSON values."""
     from ...adapters.compress import compress
-    from ...adapters.parity import write_report
+    from ...adapters.parity import without, write_report
     from ...adapters.peft_format import read_adapter, write_adapter
     from ...adapters.store import locate_adapter
     from ...errors import UserError
@@ -103,7 +103,7 @@ def compress_to_folder(options: Options) -> dict[str, Any]:
         write_adapter(result, scratch)
         written = read_adapter(scratch)
         if options.skip_parity:
-            report, text = {**facts, "passed": None, "parity": None, "tolerance": None}, None
+            report, text = without(**facts), None
         else:
             parity, tolerance = _compare(stored, written, options)
             report, text = _judge(parity, tolerance, facts, options), str(parity)
@@ -165,7 +165,7 @@ def _compare(stored: StoredAdapter, written: StoredAdapter, options: Options) ->
     """The base with the source, and with what was written, on the same text."""
     from ...adapters import parity
     from ...adapters.peft_format import load_adapter
-    from ...nn.inject import activate
+    from ...nn.inject import activate, restore
     from ..models import load_model
     from ..screen import err
 
@@ -183,8 +183,8 @@ def _compare(stored: StoredAdapter, written: StoredAdapter, options: Options) ->
         activate(network, [])
         base_TS = parity.sampled_logits(network, ids)
     with err.status("the result, on the same text"):
+        restore(network, "adapter")  # of adapters with trained biases, a model holds one
         load_adapter(network, written, "result", allow_other_base=options.allow_other_base)
-        activate(network, ["result"])
         result = parity.window_logits(network, ids)
         found = parity.parity_of(source_TV, result, base_TS=base_TS, dtype=network.dtype)
     return found, dataclasses.replace(parity.LOSSY, mean_kl=options.max_kl, lost_effect=MAX_LOST_EFFECT)

@@ -92,6 +92,7 @@ def result(found: list[Inspection], comparison: Comparison | None) -> dict[str, 
 def look(stored: StoredAdapter, options: Options) -> Inspection:
     """Every figure of one adapter, with the base's where it can be had."""
     from ...adapters.inspection import inspect_adapter
+    from ...adapters.store import label_of
     from ...errors import UserError
     from ..screen import counted
 
@@ -101,8 +102,8 @@ def look(stored: StoredAdapter, options: Options) -> Inspection:
     except UserError as error:
         if options.base is not None or options.require_base:
             raise
-        note = f"no ‖ΔW‖/‖W‖ for {stored.path.name}: {error}; --base says where its base is"
-    with weights or nullcontext(), counted(f"{stored.path.name}: singular values") as progress:
+        note = f"no ‖ΔW‖/‖W‖ for {label_of(stored.path)}: {error}; --base says where its base is"
+    with weights or nullcontext(), counted(f"{label_of(stored.path)}: singular values") as progress:
         found = inspect_adapter(stored, weights, progress=progress)
     if note is not None:
         return dataclasses.replace(found, notes=(*found.notes, note))
@@ -117,6 +118,7 @@ def look(stored: StoredAdapter, options: Options) -> Inspection:
 
 def _open_base(stored: StoredAdapter, options: Options) -> BaseWeights:
     from ...adapters.base_norms import BaseWeights, base_at_hand
+    from ...adapters.store import label_of
     from ...errors import UserError
     from ...nn.locate import locate
 
@@ -127,7 +129,7 @@ def _open_base(stored: StoredAdapter, options: Options) -> BaseWeights:
     trained_on = stored.provenance.base_sha256
     if trained_on is not None and info.sha256 != trained_on and not options.allow_other_base:
         raise UserError(
-            f"{stored.path.name} was trained on weights with sha256 {trained_on[:12]}…, {name} has "
+            f"{label_of(stored.path)} was trained on weights with sha256 {trained_on[:12]}…, {name} has "
             f"{info.sha256[:12]}… (--allow-other-base takes it all the same)"
         )
     return BaseWeights(info)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.inspection import Comparison, Inspection, ModuleFigures
+from ...adapters.store import label_of
 from ...errors import UserError
 from ...files import replace_file
 from ...settings import is_number
-from .tables import labels, natural
+from .tables import natural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +56,7 @@ def plot_inspection(found: Inspection, path: Path) -> None:
     _energies(figure.add_subplot(grid[:, 1]), place, sound)
     t = found.totals
     of_base = f", {100 * t['relative_norm']:.3g} % of ‖W‖" if t["relative_norm"] is not None else ""
-    _title(figure, Path(found.path).name, f"{t['modules']} modules, {t['parameters']:,} parameters{of_base}")
+    _title(figure, label_of(found.path), f"{t['modules']} modules, {t['parameters']:,} parameters{of_base}")
     _save(figure, path)
 
 
@@ -77,7 +78,7 @@ def plot_comparison(one: Inspection, other: Inspection, comparison: Comparison, 
         _heat(figure, axis, place, values, title=title, colours="viridis", limits=(0, 1))
     axes[2].set_xlabel("layer")
     whole = "not defined" if comparison.cosine is None else f"{comparison.cosine:+.3f}"
-    _title(figure, " and ".join(Path(label).name for label in labels(one, other)), f"cosine of the whole {whole}")
+    _title(figure, f"{label_of(one.path)} and {label_of(other.path)}", f"cosine of the whole {whole}")
     _save(figure, path)
 
 

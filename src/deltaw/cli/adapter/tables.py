@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...adapters.inspection import OUTLIER_RULE, Comparison, Inspection, ModuleFigures
+from ...adapters.store import label_of
 from ..program import command
 from ..screen import out, visible
 
@@ -95,8 +95,8 @@ def say_comparison(one: Inspection, other: Inspection, comparison: Comparison) -
 
 
 def labels(one: Inspection, other: Inspection) -> tuple[str, str]:
-    """What to call two adapters: their folders' names, or their whole paths where these are alike."""
-    names = Path(one.path).name, Path(other.path).name
+    """What to call two adapters: by their folders' names, or by their whole paths where these are alike."""
+    names = label_of(one.path), label_of(other.path)
     return (one.path, other.path) if names[0] == names[1] else names
 
 
