@@ -140,9 +140,9 @@ def test_double_quantisation_costs_little_and_saves_most_of_the_scales():
 
 def test_the_maps_are_bitsandbytes():
     cpu = torch.device("cpu")
-    assert torch.equal(nf4._dynamic_map(cpu), bnb.create_dynamic_map())
+    assert torch.equal(nf4.dynamic_map(cpu), bnb.create_dynamic_map())
     for kind in ("nf4", "fp4"):
-        assert torch.equal(nf4._levels(kind, cpu), bnb.get_4bit_type(kind, device="cpu"))
+        assert torch.equal(nf4.levels_of(kind, cpu), bnb.get_4bit_type(kind, device="cpu"))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

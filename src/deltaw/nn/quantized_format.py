@@ -28,7 +28,6 @@ from ..errors import UserError, short
 from ..ops import nf4
 from ..ops.nf4 import Quantized, QuantizedScales
 
-_NESTED_BLOCK = 256
 _MAX_FACTS = 4096
 """Bytes of JSON beside a weight; bitsandbytes writes about 200."""
 
@@ -51,12 +50,12 @@ def serialize(q: Quantized) -> dict[str, Tensor]:
         "dtype": str(q.dtype).removeprefix("torch."),
         "shape": list(q.shape),
     }
-    out = {"": q.packed.view(-1, 1), ".quant_map": nf4._levels(q.kind, device).clone()}
+    out = {"": q.packed.view(-1, 1), ".quant_map": nf4.levels_of(q.kind, device).clone()}
     if isinstance(q.scales, QuantizedScales):
-        facts |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32"}
+        facts |= {"nested_blocksize": nf4.SCALE_BLOCK, "nested_dtype": "float32"}
         facts |= {"nested_offset": 0.0 if device.type == "meta" else q.scales.offset.item()}
         out |= {".absmax": q.scales.codes, ".nested_absmax": q.scales.absmax}
-        out |= {".nested_quant_map": nf4._dynamic_map(device).clone()}
+        out |= {".nested_quant_map": nf4.dynamic_map(device).clone()}
     else:
         out |= {".absmax": q.scales}
     owner = "deltaw" if q.kind in _OURS else "bitsandbytes"
@@ -80,13 +79,13 @@ def deserialize(name: str, parts: Mapping[str, Any], shape: Sequence[int]) -> Qu
     is_nested = ".nested_absmax" in parts
     sizes = {"": (n + 1) // 2, ".quant_map": 4 * 16, ".absmax": num_blocks * (1 if is_nested else 4)}
     if is_nested:
-        sizes |= {".nested_quant_map": 4 * 256, ".nested_absmax": 4 * math.ceil(num_blocks / _NESTED_BLOCK)}
+        sizes |= {".nested_quant_map": 4 * 256, ".nested_absmax": 4 * math.ceil(num_blocks / nf4.SCALE_BLOCK)}
     _check_parts(name, parts, sizes | {keys[0]: None})
     read = {part: parts[part][...].reshape(-1).view(torch.uint8) for part in sizes}
     read |= {
         part: read[part].view(torch.float32) for part in sizes if part != "" and (part != ".absmax" or not is_nested)
     }
-    levels = {".quant_map": nf4._levels(kind, _CPU), ".nested_quant_map": nf4._dynamic_map(_CPU)}
+    levels = {".quant_map": nf4.levels_of(kind, _CPU), ".nested_quant_map": nf4.dynamic_map(_CPU)}
     for part in sizes.keys() & levels.keys():
         if not torch.allclose(read[part], levels[part], rtol=0, atol=1e-6):
             raise UserError(f"{name}{part}: not the levels that bitsandbytes gives {kind}; the codes can't be read")
@@ -182,7 +181,7 @@ def _facts(name: str, key: str, part: Any) -> dict[str, Any]:
         block_size = given["blocksize"]
         if type(block_size) is not int or block_size not in nf4.BLOCK_SIZES:
             raise ValueError(f"blocks of {short(block_size)} weights")
-        if given.get("nested_blocksize", _NESTED_BLOCK) != _NESTED_BLOCK:
+        if given.get("nested_blocksize", nf4.SCALE_BLOCK) != nf4.SCALE_BLOCK:
             raise ValueError(f"blocks of {short(given['nested_blocksize'])} scales")
         if not all(type(size) is int and 0 <= size < 2**40 for size in shape) or len(shape) != 2:
             raise ValueError(f"shape {short(shape)}")

@@ -34,7 +34,7 @@ BLOCK = 64
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-_SCALE_BLOCK = 256
+SCALE_BLOCK = 256
 """Scales that share a scale of their own under double quantisation."""
 
 _PIECE = 2**20
@@ -160,8 +160,8 @@ def dequantize_scales(scales: Tensor | QuantizedScales) -> Tensor:
     """The scales as float32 [S]."""
     if isinstance(scales, Tensor):
         return scales
-    by_block = _dynamic_map(scales.codes.device)[scales.codes.int()]
-    by_block *= scales.absmax.repeat_interleave(_SCALE_BLOCK)[: len(by_block)]
+    by_block = dynamic_map(scales.codes.device)[scales.codes.int()]
+    by_block *= scales.absmax.repeat_interleave(SCALE_BLOCK)[: len(by_block)]
     return by_block + scales.offset
 
 
@@ -199,7 +199,7 @@ def _quantize_scales(scales: Tensor) -> QuantizedScales:
     offset = scales.mean()
     if len(scales) and not offset.isfinite():
         raise UserError("the tensor to quantise is too large for double quantisation: its scales add up to infinity")
-    centred = F.pad(scales - offset, (0, -len(scales) % _SCALE_BLOCK)).view(-1, _SCALE_BLOCK)
+    centred = F.pad(scales - offset, (0, -len(scales) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
     absmax = centred.abs().amax(1)
     # Where all scales of a block are equal any code will do; bitsandbytes gives the lowest.
     scaled = torch.where(absmax[:, None] > 0, centred / absmax[:, None], -1)
@@ -212,18 +212,18 @@ def _quantize_scales(scales: Tensor) -> QuantizedScales:
 def codebooks(kind: str) -> nf4_kernel.Codebooks:
     """The levels of a kind as kernels read them, in the processor's memory."""
     cpu = torch.device("cpu")
-    levels = F.pad(_levels(kind, cpu), (0, 16 - len(_LEVELS[kind])))
+    levels = F.pad(levels_of(kind, cpu), (0, 16 - len(_LEVELS[kind])))
     bounds, order = _bounds(kind, cpu)
     return nf4_kernel.Codebooks(
         levels=levels,
-        scale_map=_dynamic_map(cpu),
+        scale_map=dynamic_map(cpu),
         bounds=F.pad(bounds, (0, 16 - len(bounds)), value=math.inf),
         order=F.pad(order.int(), (0, 16 - len(order))),
     )
 
 
 @cache
-def _levels(kind: str, device: torch.device) -> Tensor:
+def levels_of(kind: str, device: torch.device) -> Tensor:
     levels = torch.tensor(_LEVELS[kind], device=device)
     return levels / levels.abs().max() if kind == "fp4" else levels
 
@@ -231,19 +231,19 @@ def _levels(kind: str, device: torch.device) -> Tensor:
 @cache
 def _bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Midpoints between neighbouring levels [C - 1], and each interval's code, uint8 [C]."""
-    levels, order = _levels(kind, device).sort(stable=True)
+    levels, order = levels_of(kind, device).sort(stable=True)
     return (levels[:-1] + levels[1:]) / 2, order.to(torch.uint8)
 
 
 @cache
 def _pairs(kind: str, device: torch.device) -> Tensor:
     """The two levels that each byte stands for, as one word of 8 bytes, [256]: words are looked up fastest."""
-    levels = F.pad(_levels(kind, device), (0, 16 - len(_LEVELS[kind])))
+    levels = F.pad(levels_of(kind, device), (0, 16 - len(_LEVELS[kind])))
     return torch.cartesian_prod(levels, levels).view(torch.float64).view(-1)
 
 
 @cache
-def _dynamic_map(device: torch.device) -> Tensor:
+def dynamic_map(device: torch.device) -> Tensor:
     """The 256 levels of the signed 8-bit dynamic code: seven decades, each with twice the steps of the one below."""
     decades = []
     for i in range(7):
@@ -260,7 +260,7 @@ def _nearest_on_a_grid(device: torch.device) -> Tensor:
     That is how bitsandbytes' CPU kernel finds codes. A search would be off by nothing instead of 1/65,535, which is
     below what 8 bits can show.
     """
-    levels = _dynamic_map(torch.device("cpu"))
+    levels = dynamic_map(torch.device("cpu"))
     grid = torch.arange(_LAST_STEP + 1) / _LAST_STEP * 2 - 1
     return torch.bucketize(grid, (levels[:-1] + levels[1:]) / 2).to(device, torch.uint8)
 
