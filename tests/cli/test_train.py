@@ -46,7 +46,7 @@ def test_every_key_can_stand_in_the_file(tmp_path):
         gradient_checkpointing=True, learning_rate=3e-4, lr_scheduler="linear", warmup_steps=8, weight_decay=0.5,
         max_grad_norm=2.5, eval_every=11, save_every="epoch", early_stop_patience=12, seed=13, resume=True,
         overwrite=False, preview=14, find_lr=True, tensorboard=True, json=True, data_split="train[:9]",
-        eval_split="x", loraplus_lr_ratio=1.0,
+        eval_split="x", loraplus_lr_ratio=1.0, optimizer="paged-adamw", publish_to="store", publish_as="name",
     )  # fmt: skip
     assert values.keys() == set(Options.__dataclass_fields__)
     for dash in ("-", "_"):

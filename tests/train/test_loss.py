@@ -101,19 +101,28 @@ def test_gradient_checkpointing_gives_the_same_numbers(tiny, architecture, examp
     assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*found, strict=True))
 
 
-def test_checkpointing_keeps_fewer_activations(tiny, examples):
-    model = _adapted(tiny())
+@pytest.mark.parametrize(("kind", "share"), [("llama", 1.4), ("gpt2", 3)])
+def test_checkpointing_keeps_fewer_activations(tiny, examples, kind, share):
+    """Selective in a Llama, whole layers in a GPT-2. (With an MLP as wide as SmolLM2's it is half; this one is narrow.)"""
+    model = _adapted(tiny(kind))
     language_model = examine(model)
     kept = []
     for checkpointing in (False, True):
-        sizes = []
+        sizes = {}  # by memory, since q, k and v save one input
+
+        def save(t, sizes=sizes):
+            if not isinstance(t, torch.nn.Parameter):
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
         with (
             training_mode(language_model, checkpointing=checkpointing),
-            torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.nbytes), t)[1], lambda t: t),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda t: t),
         ):
-            language_model.loss(language_model.pack(examples(6), 1000)[0])
-        kept.append(sum(sizes))
-    assert kept[1] < kept[0] / 3
+            loss = language_model.loss(language_model.pack(examples(6), 1000)[0])
+        kept.append(sum(sizes.values()))
+        del loss  # until here what is saved keeps its place in memory
+    assert kept[1] <= kept[0] / share
 
 
 def test_modes_leave_the_model_as_they_found_it(tiny):

@@ -27,7 +27,7 @@ def test_what_a_run_leaves_behind(options, events):
     given = options(lora_alpha=8)
     summary = run_training(given)
     assert sorted(p.name for p in given.out.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "checkpoints", "metrics.jsonl", "summary.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints", "metrics.jsonl", "summary.json",
     ]  # fmt: skip
     assert summary == json.loads((given.out / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
