@@ -103,7 +103,7 @@ def test_gradient_checkpointing_gives_the_same_numbers(tiny, architecture, examp
 
 @pytest.mark.parametrize(("kind", "share"), [("llama", 1.4), ("gpt2", 3)])
 def test_checkpointing_keeps_fewer_activations(tiny, examples, kind, share):
-    """Selective in a Llama, whole layers in a GPT-2. (With an MLP as wide as SmolLM2's it is half; here it is narrow.)"""
+    """Selective in a Llama, whole layers in a GPT-2. (Half with an MLP as wide as SmolLM2's; here it is narrow.)"""
     model = _adapted(tiny(kind))
     language_model = examine(model)
     kept = []
