@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
-import sys
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..adapters.peft_format import StoredAdapter, load_adapter, read_adapter
 from ..adapters.store import locate_adapter
 from ..errors import UserError
+from ..heap import return_memory
 from ..nn.load import load_base
 from .screen import counted
 
@@ -38,7 +36,7 @@ def load_model(
     stored = read_adapter(locate_adapter(adapter, store)) if isinstance(adapter, str) else adapter
     base = model or (DEFAULT_BASE if stored is None else base_of(stored))
     log.info("loading %s", base)
-    _return_freed_memory()
+    return_memory()
     try:
         with counted("loading the base") as progress:
             network, tokenizer = load_base(
@@ -52,17 +50,6 @@ def load_model(
         receipt = load_adapter(network, stored, "adapter", allow_other_base=allow_other_base)
         log.info("%s: %s", stored.path, receipt)
     return network, tokenizer
-
-
-def _return_freed_memory() -> None:
-    """Give back to the system what an earlier stage of this process has freed, so that stages don't add up.
-
-    glibc keeps freed blocks in the process; elsewhere there is nothing to do.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def base_of(stored: StoredAdapter) -> str:

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..data.pack import Packed, pack
 from ..data.render import Tokens
 from ..errors import UserError
+from ..heap import kept_memory
 from ..nn.attention import use_packed_attention
 from ..nn.batch import Batch, batch, checkpoint_context
 from ..nn.families import LeanLayer, recompute_mlp
@@ -101,6 +102,7 @@ def training_mode(language_model: LanguageModel, *, checkpointing: bool) -> Iter
     selective = [block for block in blocks if isinstance(block, LeanLayer)]
     whole = [block for block in blocks if not isinstance(block, LeanLayer)]
     with (
+        kept_memory(),
         use_packed_attention(model) if language_model.packs else nullcontext(),
         recompute_mlp(selective),
         _checkpointed(model, whole) if whole or (checkpointing and not selective) else nullcontext(),
