@@ -52,7 +52,7 @@ def test_every_key_can_stand_in_the_file(tmp_path):
     for dash in ("-", "_"):
         text = "".join(f"{key.replace('_', dash)}: {json.dumps(value)}\n" for key, value in values.items())
         read = _read(tmp_path, text)
-        assert {key: str(v) if key == "out" else v for key, v in vars(read).items()} == values
+        assert {key: str(v) if key in ("out", "publish_to") else v for key, v in vars(read).items()} == values
 
 
 @pytest.mark.parametrize("rate", ["2e-4", "2.0e-4", "0.0002", "'2e-4'"])
